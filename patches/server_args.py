@@ -1,0 +1,67 @@
+"""`sglang.srt.server_args`: our flags, their way to child processes, defaults and refusals."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sgl_hq import compat, preflight
+from sgl_hq.config import ENV_OF_FIELD, PACK_POLICIES, SERVING_FORMATS, HQConfigError, from_env
+
+_HELP = {
+    "format": f"KV pages that requests share are held in this format: {', '.join(SERVING_FORMATS)} (exact = none is transformed)",
+    "pack": f"when a page is packed: {', '.join(PACK_POLICIES)} (default shared: when a second request uses it)",
+    "packed_fraction": "share of the KV byte budget for packed pages, between 0 and 1 (default 0.5)",
+    "page_size": "tokens per page, 64",
+}
+
+
+def add_flags(original, parser):
+    """AROUND ServerArgs.add_cli_args. Values stay text: `config` parses and judges them for flags and environment alike."""
+    original(parser)
+    group = parser.add_argument_group("HypercubeQuant", "shared KV pages held packed (plugin sgl_hq)")
+    for field, text in _HELP.items():
+        group.add_argument("--hq-" + field.replace("_", "-"), dest=f"hq_{field}", default=None, help=text)
+
+
+def flags_to_env(original, cls, args):
+    """AROUND ServerArgs.from_cli_args: flags win over the environment; expected errors end the process with one line."""
+    try:
+        for field, name in ENV_OF_FIELD.items():
+            value = getattr(args, f"hq_{field}", None)
+            if value is not None:
+                os.environ[name] = value
+                os.environ.pop(name.replace("SGLANG_", "SGL_", 1), None)  # SGLang would copy it over ours in every child
+        config = from_env()
+        if config is not None:
+            os.environ.update(config.to_env())
+            preflight.check_model_path(args.model_path)
+            preflight.check_port(args.host, args.port)
+        return original(cls, args)
+    except HQConfigError as error:
+        print(f"sgl_hq: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def resolve(original, self):
+    """AROUND ServerArgs.__post_init__: set what HQ needs, refuse what it cannot serve, before any weight is loaded.
+
+    Raises HQConfigError (a ValueError, for users of sgl.Engine).
+    """
+    config = from_env()
+    if config is None:
+        if self.radix_cache_backend == "hq":
+            raise HQConfigError("--radix-cache-backend hq is set by sgl_hq itself: give --hq-format instead")
+        return original(self)
+    compat.check_flags(self, config)
+    self.radix_cache_backend = "hq"
+    self.page_size = config.page_size
+    original(self)
+    compat.check_model(self.get_model_config(), config)
+    if config.packs and not str(self.device).startswith("cpu"):
+        raise HQConfigError(
+            f"--hq-format {config.format} runs on the CPU platform only in this version (device is {self.device}): "
+            "set SGLANG_PLATFORM=sgl_hq_cpu and --device cpu, or use --hq-format exact"
+        )
+
+

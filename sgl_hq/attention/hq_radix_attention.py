@@ -1,0 +1,42 @@
+"""The attention layer: owns what belongs to one layer of the packed tier and computes its packed state."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+from sgl_hq.attention.merge import empty_state, merge_into
+from sgl_hq.attention.plan import PackedPlan
+from sgl_hq.kernels.grouped_attention import attend_group
+from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
+from sgl_hq.records import AttnState
+
+
+class HQRadixAttention(RadixAttention):
+    """Replaces SGLang's class (`layers/radix_attention.py`) before any model is built; `forward` is inherited."""
+
+    def packed_state(self, q: torch.Tensor, plan: PackedPlan, pool: HQTokenToKVPool) -> AttnState:
+        """Attention of the batch's query rows over their packed runs; each group's pages are unpacked once.
+
+        q: [rows, q_heads, head_dim], already rotated. Rows without a packed run get the empty state.
+        """
+        state = empty_state(q.shape[0], self.tp_q_head_num, self.v_head_dim, q.device)
+        layer = self.layer_id - pool.start_layer
+        for group in plan.groups:
+            k, v = pool.packed.read(layer, group.pages, group.first_page)
+            merge_into(state, group.q_rows, attend_group(q[group.q_rows], k, v, self.scaling))
+        return state
+
+    def why_not_packable(self) -> str | None:
+        """The reason this layer cannot read a packed prefix, or None. Checked before the first request."""
+        if self.is_cross_attention or self.attn_type != AttentionType.DECODER:
+            return "it is cross attention or not a causal decoder layer"
+        if self.sliding_window_size > 0 or self.use_irope:
+            return "it attends to a sliding window or to chunks"
+        if self.logit_cap:
+            return "it caps its logits"
+        if self.xai_temperature_len > 0:
+            return "it scales its logits by position"
+        if self.qk_head_dim != self.v_head_dim:
+            return f"its K and V head dims differ ({self.qk_head_dim} and {self.v_head_dim})"
+        return None

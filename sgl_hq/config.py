@@ -1,0 +1,106 @@
+"""The options of HypercubeQuant: one frozen record that validates itself. Sole reader of `SGLANG_HQ_*`.
+
+SGLang starts its scheduler in a child process that inherits the environment and nothing else of ours,
+so the environment is the carrier: the command-line flags (`patches/server_args.py`) only write it.
+SGLang itself renames `SGL_*` variables to `SGLANG_*` with a warning (`environ.py`), so `SGL_HQ_FORMAT` works too.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Mapping
+
+from sgl_hq.page_format import FORMATS, PAGE_TOKENS
+
+EXACT = "exact"
+PACK_POLICIES = ("shared", "insert", "pressure")
+SERVING_FORMATS = (EXACT, *FORMATS)
+
+ENV_OF_FIELD = {
+    "format": "SGLANG_HQ_FORMAT",
+    "pack": "SGLANG_HQ_PACK",
+    "packed_fraction": "SGLANG_HQ_PACKED_FRACTION",
+    "page_size": "SGLANG_HQ_PAGE_SIZE",
+}
+
+
+class HQConfigError(ValueError):
+    """An option or a combination that cannot be served. The message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class HQConfig:
+    """Resolved options.
+
+    format: `exact` (no page is transformed) or a page format of `page_format.FORMATS`.
+    pack: when a dense page is packed: `shared` (a second request uses it), `insert` (as soon as it is in
+        the radix tree), `pressure` (only instead of being evicted).
+    packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1; `exact` uses none of it.
+    page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
+    """
+
+    format: str
+    pack: str = "shared"
+    packed_fraction: float = 0.5
+    page_size: int = PAGE_TOKENS
+
+    def __post_init__(self):
+        if self.format not in SERVING_FORMATS:
+            raise HQConfigError(
+                f"unknown --hq-format {self.format!r}: choose one of {', '.join(SERVING_FORMATS)} (`sgl-hq formats` explains them)"
+            )
+        if self.pack not in PACK_POLICIES:
+            raise HQConfigError(f"unknown --hq-pack {self.pack!r}: choose one of {', '.join(PACK_POLICIES)}")
+        if not 0.0 < self.packed_fraction < 1.0:
+            raise HQConfigError(
+                f"--hq-packed-fraction {self.packed_fraction:g} leaves one tier without memory: give a number between 0 and 1, for example 0.5"
+            )
+        if self.page_size != PAGE_TOKENS:
+            raise HQConfigError(f"--hq-page-size {self.page_size} is not supported: packed pages hold {PAGE_TOKENS} tokens, use {PAGE_TOKENS}")
+
+    @property
+    def packs(self) -> bool:
+        """True when pages may move to the packed tier."""
+        return self.format != EXACT
+
+    def describe(self) -> dict[str, str]:
+        """Every resolved value, in the order a reader wants them."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self)}
+
+    def to_env(self) -> dict[str, str]:
+        return {ENV_OF_FIELD[f.name]: str(getattr(self, f.name)) for f in fields(self)}
+
+
+def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
+    """The configuration asked for by the environment, or None when none is (SGLang stays vanilla).
+
+    Raises HQConfigError on unknown `SGLANG_HQ_*` names that look like options, on values that do not parse, and on
+    options given without `SGLANG_HQ_FORMAT`: a misspelt knob must not silently serve the default.
+    """
+    env = os.environ if env is None else env
+    given = {field: env[name] for field, name in ENV_OF_FIELD.items() if env.get(name, "") != ""}
+    known = set(ENV_OF_FIELD.values()) | {"SGLANG_HQ_CACHE"}
+    unknown = sorted(name for name in env if name.startswith("SGLANG_HQ_") and name not in known)
+    if unknown:
+        raise HQConfigError(f"unknown environment variable {unknown[0]}: known are {', '.join(sorted(known))}")
+    if not given:
+        return None
+    if "format" not in given:
+        raise HQConfigError(
+            f"{', '.join(ENV_OF_FIELD[f] for f in given)} is set but no format is: add --hq-format (one of {', '.join(SERVING_FORMATS)}) or unset it"
+        )
+    return from_strings(given)
+
+
+def from_strings(given: Mapping[str, str]) -> HQConfig:
+    """Parse text values by field name. Raises HQConfigError."""
+    values: dict[str, object] = dict(given)
+    for name, kind, example in (("packed_fraction", float, "0.5"), ("page_size", int, "64")):
+        if name in values:
+            try:
+                values[name] = kind(values[name])
+            except ValueError:
+                flag = "--hq-" + name.replace("_", "-")
+                raise HQConfigError(f"{flag} {given[name]!r} is not a number: give for example {example}") from None
+    return HQConfig(**values)

@@ -1,0 +1,24 @@
+"""SGLang on a CPU: an out-of-tree platform, active only when SGLANG_PLATFORM names it.
+
+SGLang 0.5.17 from the package index cannot serve on an x86 CPU by itself: its CPU kernels are not in the wheel and
+its paged allocator is Triton. The platform supplies the allocator and attention, for vanilla and HypercubeQuant alike.
+"""
+
+from __future__ import annotations
+
+import os
+
+PLATFORM = "sgl_hq_cpu"
+
+
+def activate() -> str | None:
+    """SGLang's entry point `sglang.srt.platforms`; None leaves SGLang's own choice of platform alone.
+
+    A platform that answers without being asked would take over every process of a machine with a GPU.
+    """
+    if os.environ.get("SGLANG_PLATFORM") != PLATFORM:
+        return None
+    # Spinning OpenMP threads starve SGLang's other processes on few cores, and each other: 30 layers of small matrix
+    # products took 3,136 ms spinning and 198 ms sleeping on a busy 2-core machine. Read when a child loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return "sgl_hq.platform_cpu.platform:HQCPUPlatform"

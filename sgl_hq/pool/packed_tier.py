@@ -1,0 +1,135 @@
+"""The packed tier: arena of page records, sink slots, and the host's books over both.
+
+Page ids are known on the host, because the grouped plan is built there (design.md section 2). A page is packed
+once and never re-quantised; it leaves the tier only by `free`.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from sgl_hq.kernels.page_codec import PageCodec
+from sgl_hq.page_format import PAGE_TOKENS, PageFormat
+from sgl_hq.pool.sizing import KVShape, TierSizes
+
+NO_SINK = -1
+
+
+class PackedTier:
+    """`packed_pages` page records and `sinks` sink slots per layer.
+
+    records: [layers, pages, kv_heads, record_bytes] uint8; sink_slots: [layers, sinks, kv_heads, sink_bytes] uint8.
+    """
+
+    def __init__(self, fmt: PageFormat, shape: KVShape, sizes: TierSizes, device: str):
+        layout = fmt.layout(shape.head_dim, shape.v_head_dim)
+        self.fmt, self.shape, self.sizes = fmt, shape, sizes
+        self.codec = PageCodec(fmt, shape.head_dim, shape.v_head_dim)
+        self.records = torch.zeros(
+            (shape.layers, sizes.packed_pages, shape.kv_heads, layout.record_bytes), dtype=torch.uint8, device=device
+        )
+        self.sink_slots = torch.zeros(
+            (shape.layers, sizes.sinks, shape.kv_heads, layout.sink_bytes), dtype=torch.uint8, device=device
+        )
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every page (flush). The bytes stay; nobody can name them any more."""
+        self._free_pages = array("i", range(self.sizes.packed_pages - 1, -1, -1))
+        self._free_sinks = array("i", range(self.sizes.sinks - 1, -1, -1))
+        self._sink_of_page = array("i", [NO_SINK]) * self.sizes.packed_pages
+
+    # ---- books -------------------------------------------------------------------------------------------------
+
+    @property
+    def pages_free(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def sinks_free(self) -> int:
+        return len(self._free_sinks)
+
+    @property
+    def pages_used(self) -> int:
+        return self.sizes.packed_pages - len(self._free_pages)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers and heads."""
+        return self.records[:, :1].nbytes
+
+    @property
+    def sink_bytes(self) -> int:
+        return self.sink_slots[:, :1].nbytes
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self.records.nbytes + self.sink_slots.nbytes
+
+    @property
+    def bytes_used(self) -> int:
+        return self.pages_used * self.page_bytes + (self.sizes.sinks - self.sinks_free) * self.sink_bytes
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Host bytes of the free lists and the page-to-sink table."""
+        return sum(a.buffer_info()[1] * a.itemsize for a in (self._free_pages, self._free_sinks, self._sink_of_page))
+
+    def has_room(self, pages: int, needs_sink: bool) -> bool:
+        return pages <= self.pages_free and not (needs_sink and self.fmt.sink_tokens and not self.sinks_free)
+
+    def check_books(self, owned: list[int]) -> None:
+        """`owned`: every page id that radix nodes hold. Raises AssertionError unless free + owned = all, each once."""
+        free = list(self._free_pages)
+        assert sorted(free + owned) == list(range(self.sizes.packed_pages)), "packed page lost, shared or freed twice"
+        sinks = [self._sink_of_page[p] for p in owned if self._sink_of_page[p] != NO_SINK]
+        assert sorted(list(self._free_sinks) + sinks) == list(range(self.sizes.sinks)), "sink slot lost or freed twice"
+        assert all(self._sink_of_page[p] == NO_SINK for p in free), "free page holds a sink slot"
+
+    # ---- pages ---------------------------------------------------------------------------------------------------
+
+    def write(self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor], dense_slots: torch.Tensor, starts_sequence: bool) -> list[int]:
+        """Pack whole pages out of the dense tier; returns their packed page ids in order.
+
+        k_layers, v_layers: per layer [dense slots, kv_heads, head_dim] bf16; dense_slots: [n_pages * 64] int64.
+        starts_sequence: the first page holds the first tokens of a sequence, whose sinks stay bf16.
+        Caller checks `has_room`. Raises NonFiniteError (nothing is kept then) if a lossy format meets NaN or inf.
+        """
+        n_pages = len(dense_slots) // PAGE_TOKENS
+        needs_sink = starts_sequence and self.fmt.sink_tokens > 0
+        assert self.has_room(n_pages, needs_sink), "packed tier is full: caller must check has_room first"
+        pages = [self._free_pages.pop() for _ in range(n_pages)]
+        if needs_sink:
+            self._sink_of_page[pages[0]] = self._free_sinks.pop()
+        try:
+            where = torch.tensor(pages, dtype=torch.int64, device=self.records.device)
+            for layer, (k, v) in enumerate(zip(k_layers, v_layers)):
+                k_pages = k[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
+                v_pages = v[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
+                records, sink = self.codec.pack(k_pages, v_pages, first_has_sink=needs_sink)
+                self.records[layer, where] = records
+                if needs_sink:
+                    self.sink_slots[layer, self._sink_of_page[pages[0]]] = sink
+        except Exception:
+            self.free(pages)
+            raise
+        return pages
+
+    def read(self, layer: int, pages: torch.Tensor, first_page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a run of pages of one layer, unpacked.
+
+        pages: [n] int64 page ids on the arena's device; first_page: pages[0] as an int (its sink is looked up).
+        Returns k [kv_heads, n * 64, head_dim], v [kv_heads, n * 64, v_head_dim]; bf16 for `bf16`, else float32.
+        """
+        sink_slot = self._sink_of_page[first_page]
+        sink = None if sink_slot == NO_SINK else self.sink_slots[layer, sink_slot]
+        return self.codec.unpack(self.records[layer, pages], sink)
+
+    def free(self, pages: list[int]) -> None:
+        for page in pages:
+            if self._sink_of_page[page] != NO_SINK:
+                self._free_sinks.append(self._sink_of_page[page])
+                self._sink_of_page[page] = NO_SINK
+            self._free_pages.append(page)

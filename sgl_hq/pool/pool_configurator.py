@@ -1,0 +1,50 @@
+"""SGLang's pool sizing with the byte budget split over two tiers."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
+from sglang.srt.runtime_context import get_parallel, get_schedule
+
+from sgl_hq.config import HQConfig
+from sgl_hq.page_format import get_format
+from sgl_hq.pool.sizing import KVShape, split_budget
+
+logger = logging.getLogger(__name__)
+
+
+class HQPoolConfigurator(DefaultPoolConfigurator):
+    """Returns the dense tokens D as `max_total_num_tokens`: the packed tier is invisible to the scheduler.
+
+    `--max-total-tokens N` keeps its meaning of a byte budget: N bf16 tokens' worth of bytes, shared by the tiers,
+    so that arms started with the same N hold the same bytes.
+    """
+
+    def __init__(self, kvc, config: HQConfig):
+        super().__init__(kvc)
+        model = kvc.model_config
+        self._config = config
+        self._context_tokens = model.context_len
+        self._shape = KVShape(
+            layers=kvc.layer_info.num_effective_layers,
+            kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+            head_dim=model.head_dim,
+            v_head_dim=model.v_head_dim,
+        )
+
+    def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
+        limit = get_schedule().max_total_tokens
+        budget = available_bytes if limit is None else min(available_bytes, limit * self._shape.dense_bytes_per_token)
+        sizes = split_budget(budget, self._config.packed_fraction, get_format(self._config.format), self._shape)
+        logger.info(
+            "sgl_hq: KV budget %.1f MiB = dense tier of %d tokens + packed tier of %d pages (%d tokens) in format %s",
+            budget / 2**20, sizes.dense_tokens, sizes.packed_pages, sizes.packed_pages * page_size, self._config.format,
+        )
+        if sizes.dense_tokens < self._context_tokens:
+            logger.warning(
+                "sgl_hq: the dense tier holds %d tokens, less than the context length %d: longer requests are refused. "
+                "Lower --hq-packed-fraction or raise the budget to serve them.",
+                sizes.dense_tokens, self._context_tokens,
+            )
+        return MemoryPoolConfig(max_total_num_tokens=sizes.dense_tokens)

@@ -1,0 +1,141 @@
+"""The command `sgl-hq`. Every command imports what it needs inside, so that `--help` loads neither torch nor SGLang."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sgl_hq import __version__
+from sgl_hq.page_format import FORMATS
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="SGLang with shared KV pages held packed. Start with: sgl-hq ab --quick",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Entry point of the console script.
+
+    An error class of our own package states a reason and a remedy: the user sees that sentence and exit code 1.
+    Anything else is a bug and keeps its traceback.
+    """
+    try:
+        app()
+    except Exception as error:
+        if not type(error).__module__.startswith("sgl_hq."):
+            raise
+        print(f"sgl-hq: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=PASS_THROUGH)
+def serve(context: typer.Context) -> None:
+    """Start an SGLang server. All options go to SGLang; the --hq-* ones choose the format of the packed tier.
+
+    Example: sgl-hq serve --model-path MODEL --hq-format hq6 --port 30000
+
+    SGLang's own options: python -m sglang.launch_server --help
+    """
+    from sgl_hq.launch.serve import serve as start
+
+    start(context.args)
+
+
+@app.command()
+def ab(
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
+    arms: Annotated[
+        str, typer.Option(help=f"Comma-separated, in order: vanilla, exact, {', '.join(FORMATS)}.")
+    ] = "vanilla,exact,hq6",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small workload that ends within 5 minutes on 2 cores.")
+    ] = False,
+    kv_tokens: Annotated[Optional[int], typer.Option(min=1, help="KV budget of every arm, in bf16 tokens.")] = None,
+    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Requests in flight at a time.")] = None,
+    prefixes: Annotated[Optional[int], typer.Option(min=1, help="Number of different system prompts.")] = None,
+    users: Annotated[Optional[int], typer.Option(min=1, help="Users per system prompt.")] = None,
+    prefix_tokens: Annotated[Optional[int], typer.Option(min=1, help="Length of a system prompt, in tokens.")] = None,
+    output_tokens: Annotated[Optional[int], typer.Option(min=1, help="Tokens per answer.")] = None,
+    pack: Annotated[
+        Optional[str], typer.Option("--hq-pack", help="When a page is packed: shared, insert or pressure.")
+    ] = None,
+    packed_fraction: Annotated[
+        Optional[float],
+        typer.Option("--hq-packed-fraction", help="Share of the KV budget for the packed tier, 0 to 1."),
+    ] = None,
+    json_path: Annotated[
+        Optional[Path], typer.Option("--json", help="Also write one JSON object per arm and phase here.")
+    ] = None,
+) -> None:
+    """Compare vanilla SGLang with this project: same model, same KV bytes, same chat requests, one table."""
+    from sgl_hq.launch.ab import run
+
+    code = run(
+        model=model,
+        arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
+        quick=quick,
+        kv_tokens=kv_tokens,
+        concurrency=concurrency,
+        prefixes=prefixes,
+        users=users,
+        prefix_tokens=prefix_tokens,
+        output_tokens=output_tokens,
+        pack=pack,
+        packed_fraction=packed_fraction,
+        json_path=json_path,
+    )
+    raise typer.Exit(code)
+
+
+@app.command("demo-model")
+def demo_model(
+    model: Annotated[
+        str, typer.Option(help="smollm2 (94 MB), qwen2.5-coder-0.5b (478 MB) or qwen2.5-coder-1.5b (1.1 GB).")
+    ] = "smollm2",
+) -> None:
+    """Fetch and convert a small real model once; print its folder. Use as: M=$(sgl-hq demo-model)"""
+    from sgl_hq.launch.demo_model import ensure_demo_model
+
+    print(ensure_demo_model(name=model))
+
+
+@app.command()
+def formats() -> None:
+    """List the page formats: bits per value, bytes per token, what each is for."""
+    from rich.console import Console
+
+    from sgl_hq.launch.formats import table
+
+    Console().print(table())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation and machine; exit code 0 when nothing must be fixed."""
+    from sgl_hq.launch.doctor import run
+
+    raise typer.Exit(run())

@@ -1,0 +1,40 @@
+"""Options: every bad one is refused with a sentence that names the remedy; none is dropped."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgl_hq.config import HQConfig, HQConfigError, from_env
+
+
+def test_nothing_asked_for_means_inactive():
+    assert from_env({}) is None
+
+
+def test_environment_round_trip():
+    config = HQConfig("hq6", "insert", 0.25)
+    assert from_env(config.to_env()) == config
+    assert from_env({"SGLANG_HQ_FORMAT": "int8"}) == HQConfig("int8", "shared", 0.5, 64)
+
+
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"SGLANG_HQ_FORMAT": "hq66"}, "unknown --hq-format 'hq66': choose one of exact, bf16"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACK": "always"}, "choose one of shared, insert, pressure"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "0"}, "between 0 and 1"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "1.5"}, "between 0 and 1"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "nan"}, "between 0 and 1"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "half"}, "is not a number"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PAGE_SIZE": "48"}, "use 64"),
+        ({"SGLANG_HQ_PACK": "insert"}, "add --hq-format"),
+        ({"SGLANG_HQ_FROMAT": "hq6"}, "unknown environment variable SGLANG_HQ_FROMAT"),
+    ],
+)
+def test_bad_options_are_refused(env, reason):
+    with pytest.raises(HQConfigError, match=reason):
+        from_env(env)
+
+
+def test_exact_packs_nothing():
+    assert not HQConfig("exact").packs and HQConfig("bf16").packs

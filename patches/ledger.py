@@ -47,8 +47,13 @@ LEDGER: tuple[Patch, ...] = (
     ),
     Patch(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mha_kv_pool", "around",
-        "sgl_hq.patches.pool:two_tier_pool", ("self", "max_total_num_tokens"),
+        "sgl_hq.patches.pool:two_tier_oot_pool", ("self", "max_total_num_tokens"),
         "a plugin cannot choose the MHA pool class without owning the platform", "SGLang 0.5.23: get_kv_pool_cls on any platform",
+    ),
+    Patch(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool", "around",
+        "sgl_hq.patches.pool:two_tier_mha_pool", ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+        "the same on SGLang's own platforms", "as above",
     ),
     Patch(
         "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper", "after", "sgl_hq.patches.attention:install_backend",

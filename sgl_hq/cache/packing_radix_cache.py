@@ -11,7 +11,9 @@ followed by a dense rest. Nothing here depends on clocks or set order, so tensor
 from __future__ import annotations
 
 import heapq
+import sys
 import time
+from array import array
 from dataclasses import asdict, dataclass
 
 import torch
@@ -56,7 +58,7 @@ class PackingRadixCache(RadixCache):
 
     def reset(self):
         super().reset()
-        self._pages_of: dict[int, list[int]] = {}  # node id -> packed page ids; absent = dense
+        self._pages_of: dict[int, array] = {}  # node id -> packed page ids, int32; absent = dense
         self._users_of: dict[int, tuple[str, ...]] = {}
         self._unpackable: set[int] = set()  # node ids whose values a lossy format cannot hold
         self._inserted: TreeNode | None = None
@@ -127,7 +129,7 @@ class PackingRadixCache(RadixCache):
             self.protected_size_ -= len(node.key)
         else:
             self.evictable_size_ -= len(node.key)
-        self._pages_of[node.id] = pages
+        self._pages_of[node.id] = array("i", pages)
         node.value = self._pool.packed_token_ids(pages)
         self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
         self.counters.nodes_packed += 1
@@ -291,7 +293,7 @@ class PackingRadixCache(RadixCache):
             if pages is not None:
                 assert n.parent is self.root_node or n.parent.id in self._pages_of, "packed below a dense node"
                 assert len(pages) * self.page_size == len(n.key) == len(n.value), "page list does not match the key"
-                assert torch.equal(n.value, self._pool.packed_token_ids(pages)), "node value does not name its pages"
+                assert torch.equal(n.value, self._pool.packed_token_ids(list(pages))), "node value does not name its pages"
                 owned += pages
             elif n.lock_ref:
                 dense_protected += len(n.key)
@@ -308,6 +310,6 @@ class PackingRadixCache(RadixCache):
     @property
     def metadata_bytes(self) -> int:
         """Host bytes of our tables: pages and users per node, and the registry of live requests."""
-        pages = sum(p.__sizeof__() for p in self._pages_of.values()) + self._pages_of.__sizeof__()
-        users = sum(u.__sizeof__() for u in self._users_of.values()) + self._users_of.__sizeof__()
+        pages = sys.getsizeof(self._pages_of) + sum(map(sys.getsizeof, self._pages_of.values()))
+        users = sys.getsizeof(self._users_of) + sum(sys.getsizeof(u) + sum(map(sys.getsizeof, u)) for u in self._users_of.values())
         return pages + users + self.live.metadata_bytes

@@ -1,0 +1,248 @@
+"""One SGLang server as a child process: start it, wait for it, ask it, stop it, leave nothing running.
+
+The server gets its own session (and with it its own process group), a log file and a free port. `start()` waits for
+`GET /health` and watches for an early exit: then `ServerFailed` carries the reason from the log, not only "exit code 1".
+`stop()` is what `with` calls on every way out, Ctrl-C included: SIGTERM, a grace time, then SIGKILL for the group and for
+every descendant that left it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from sgl_hq.launch.server_log import failure_reason
+from sgl_hq.launch.thread_freeze import freeze, thaw
+
+HOST = "127.0.0.1"
+# SGLang names its scheduler processes with setproctitle (sglang/srt/managers/scheduler.py).
+SCHEDULER_TITLE = "sglang::scheduler"
+# How long a server may take to leave after SIGTERM before it is killed.
+STOP_GRACE_S = 10.0
+
+
+class ServerFailed(RuntimeError):
+    """The server did not start, ended early or did not answer; the message ends with the reason from its log."""
+
+
+class Sample(NamedTuple):
+    """One Prometheus sample of `GET /metrics`."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class ServerProcess:
+    """A `python -m sglang.launch_server` process as a context manager.
+
+    Args:
+        model: model directory or hub name; a directory also sets HF_HUB_OFFLINE=1.
+        args: further server arguments, as on the command line.
+        env: environment variables added to this process's own.
+        log_path: file for stdout and stderr of the server; None takes a file in the temporary directory.
+        port: HTTP port; None takes one that was free a moment ago.
+        cpu: serve on the CPU: `--device cpu` and our CPU platform, which vanilla needs as well.
+        start_timeout_s: seconds until `GET /health` must have answered 200.
+        on_wait: called several times a second during the start with the seconds waited so far.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        args: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        log_path: Path | None = None,
+        port: int | None = None,
+        cpu: bool = True,
+        start_timeout_s: float = 300.0,
+        on_wait: Callable[[float], None] = lambda seconds: None,
+    ):
+        self.model = model
+        self.port = port if port is not None else free_port()
+        self.argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+        self.argv += ["--host", HOST, "--port", str(self.port), *(["--device", "cpu"] if cpu else []), *args]
+        self.env = dict(os.environ)
+        if cpu:
+            self.env["SGLANG_PLATFORM"] = "sgl_hq_cpu"
+            # OpenMP threads that spin while they wait starve each other as soon as anything else runs on the machine:
+            # a wave took 3 s on two idle cores, 60 to 90 s beside one more busy process, 2.4 s there without spinning.
+            self.env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if Path(model).is_dir():
+            self.env["HF_HUB_OFFLINE"] = "1"
+        self.env.update(env or {})
+        self.log_path = log_path if log_path is not None else _temporary_log(self.port)
+        self.start_timeout_s = start_timeout_s
+        self.on_wait = on_wait
+        self.start_s: float | None = None  # seconds from the start of the process to the first healthy answer
+        self._process: subprocess.Popen | None = None
+        self._paused: dict[int, Callable[[int], None]] = {}  # scheduler pid -> how to let it go on
+        self._seen: dict[int, psutil.Process] = {}  # descendants seen alive, by pid
+        self._http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        """Root address of the server, without a trailing slash."""
+        return f"http://{HOST}:{self.port}"
+
+    def __enter__(self) -> ServerProcess:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process and return once `GET /health` answers 200.
+
+        Raises:
+            ServerFailed: the process ended, or the time ran out (the caller, or `with`, then calls `stop()`).
+        """
+        started = time.monotonic()
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(
+                self.argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        while not self._healthy():
+            waited = time.monotonic() - started
+            self.check_alive()
+            if waited > self.start_timeout_s:
+                raise self._failed(f"did not answer /health within {self.start_timeout_s:.0f} s")
+            self.on_wait(waited)
+            time.sleep(0.2)
+        self.start_s = time.monotonic() - started
+
+    def stop(self) -> None:
+        """End the server and everything it started; calling it again does nothing."""
+        if self._process is None:
+            return
+        self._remember_descendants()
+        self.resume_scheduler()  # a stopped process would keep the signal pending
+        self._process.terminate()  # only the main process: it drains and ends its children; signalled too, they look crashed
+        deadline = time.monotonic() + STOP_GRACE_S
+        while time.monotonic() < deadline and (self._process.poll() is None or self._alive()):
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        psutil.wait_procs(self._alive(), timeout=STOP_GRACE_S)
+        self._process = None
+        self._http.close()
+
+    def check_alive(self) -> None:
+        """Raise ServerFailed when the server's main process has ended."""
+        if self._process is not None:
+            self._remember_descendants()
+            if self._process.poll() is not None:
+                raise self._failed(f"ended with exit code {self._process.returncode}")
+
+    def server_info(self) -> dict[str, Any]:
+        """`GET /server_info`. The scheduler answers it: never call it between pause and resume."""
+        return self._get("/server_info").json()
+
+    def metrics(self) -> list[Sample]:
+        """All samples of `GET /metrics` (needs --enable-metrics). The HTTP process answers, also during a pause."""
+        families = text_string_to_metric_families(self._get("/metrics").text)
+        return [Sample(s.name, dict(s.labels), s.value) for family in families for s in family.samples]
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache; raises ServerFailed when the server refuses because requests are running."""
+        self._get("/flush_cache", params={"timeout": 30})
+
+    def pause_scheduler(self) -> None:
+        """Hold the thread that builds the batches; requests sent now are taken in, in the order sent, and wait for it.
+
+        Where the system forbids ptrace the whole scheduler process is stopped with SIGSTOP (`thread_freeze.py` has the
+        difference). The thread that called this must call `resume_scheduler`.
+        """
+        self._remember_descendants()
+        schedulers = [p.pid for p in self._alive() if SCHEDULER_TITLE in " ".join(p.cmdline())]
+        if not schedulers:
+            raise self._failed(f"has no process named {SCHEDULER_TITLE}")
+        for pid in schedulers:
+            try:
+                freeze(pid)  # a process's main thread has the process's id
+                self._paused[pid] = thaw
+            except PermissionError:
+                os.kill(pid, signal.SIGSTOP)
+                self._paused[pid] = lambda pid: os.kill(pid, signal.SIGCONT)
+
+    def resume_scheduler(self) -> None:
+        """Let the scheduler go on; nothing happens when it is not paused."""
+        while self._paused:
+            pid, resume = self._paused.popitem()
+            try:
+                resume(pid)
+            except ProcessLookupError:
+                pass  # it has ended; check_alive() says why
+
+    def log_text(self) -> str:
+        """Everything the server has written so far."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def _healthy(self) -> bool:
+        try:
+            return self._http.get("/health", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _get(self, path: str, **kwargs: Any) -> httpx.Response:
+        try:
+            response = self._http.get(path, **kwargs)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            self.check_alive()
+            raise self._failed(f"did not answer {path} ({error})") from error
+        return response
+
+    def _failed(self, what: str) -> ServerFailed:
+        return ServerFailed(f"The server for {self.model} {what}: {failure_reason(self.log_text())} (log: {self.log_path})")
+
+    def _remember_descendants(self) -> None:
+        try:
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                self._seen.setdefault(child.pid, child)
+        except psutil.NoSuchProcess:
+            pass
+
+    def _alive(self) -> list[psutil.Process]:
+        # is_running() compares start times, so a reused pid is never taken for ours; zombies need no signal.
+        return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def _signal(self, sig: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, sig)
+        except ProcessLookupError:
+            pass
+        for process in self._alive():
+            try:
+                process.send_signal(sig)
+            except psutil.NoSuchProcess:
+                pass
+
+
+def free_port() -> int:
+    """A TCP port that no one listened on a moment ago (another process could still take it before the server does)."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _temporary_log(port: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"sgl-hq-server-{os.getpid()}-{port}.log"

@@ -21,7 +21,7 @@ import httpx
 from openai import AsyncOpenAI
 from rich.console import Console
 
-from sgl_hq.config import EXACT, HQConfig
+from sgl_hq.config import EXACT, HQConfig, from_env
 from sgl_hq.launch.ab_compare import VANILLA, ABError, compare, plugin_block
 from sgl_hq.launch.ab_progress import START_STEPS, ABProgress
 from sgl_hq.launch.ab_report import Phase, Row, paragraph, row, table, write_json
@@ -82,6 +82,8 @@ def run(
     could not be measured (the rows of the arms before it are written all the same), HQConfigError or WorkloadError for
     options that cannot be run.
     """
+    if from_env() is not None:
+        raise ABError("SGLANG_HQ_* options are set: the vanilla arm would inherit them; unset them, the arms set their own")
     arms = arms or [VANILLA, EXACT, "hq6"]
     pack = pack or "shared"
     packed_fraction = 0.5 if packed_fraction is None else packed_fraction
@@ -129,7 +131,7 @@ def _measure(setup: Setup, waves: Waves, logs: Path, rows: list[Row], progress: 
     for index, arm in enumerate(setup.arms):
         progress.doing(f"{arm}: starting the server")
         log = logs / f"{index}-{arm}.log"
-        with ServerProcess(setup.model, setup.server_args(arm), log_path=log, on_wait=progress.starting) as server:
+        with ServerProcess(setup.model, setup.server_args(arm), log_path=log, stop_grace_s=0, on_wait=progress.starting) as server:
             progress.step(START_STEPS)
             progress.note(f"{arm}: server ready after {server.start_s:.0f} s")
             for name in PHASES:

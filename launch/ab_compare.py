@@ -41,7 +41,7 @@ def plugin_block(arm: str, server_info: dict[str, Any], pack: str) -> dict[str, 
     hq = server_info["internal_states"][0].get("hq")
     if arm == VANILLA:
         if hq is not None:
-            raise ABError("The vanilla arm runs with our plugin active (is SGL_HQ_FORMAT set?): there is nothing to compare")
+            raise ABError("The vanilla arm runs with our plugin active (is SGLANG_HQ_FORMAT set?): there is nothing to compare")
         return None
     if hq is None:
         raise ABError(f"The {arm} arm runs without our plugin (see `sgl-hq doctor`): vanilla would be compared with itself")

@@ -56,6 +56,8 @@ class ServerProcess:
         port: HTTP port; None takes one that was free a moment ago.
         cpu: serve on the CPU: `--device cpu` and our CPU platform, which vanilla needs as well.
         start_timeout_s: seconds until `GET /health` must have answered 200.
+        stop_grace_s: seconds to leave after SIGTERM before SIGKILL; 0 when nothing is in flight any more, since SGLang's
+            drain looks for running requests every 5 s only.
         on_wait: called several times a second during the start with the seconds waited so far.
     """
 
@@ -69,6 +71,7 @@ class ServerProcess:
         port: int | None = None,
         cpu: bool = True,
         start_timeout_s: float = 300.0,
+        stop_grace_s: float = STOP_GRACE_S,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ):
         self.model = model
@@ -78,14 +81,12 @@ class ServerProcess:
         self.env = dict(os.environ)
         if cpu:
             self.env["SGLANG_PLATFORM"] = "sgl_hq_cpu"
-            # OpenMP threads that spin while they wait starve each other as soon as anything else runs on the machine:
-            # a wave took 3 s on two idle cores, 60 to 90 s beside one more busy process, 2.4 s there without spinning.
-            self.env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if Path(model).is_dir():
             self.env["HF_HUB_OFFLINE"] = "1"
         self.env.update(env or {})
         self.log_path = log_path if log_path is not None else _temporary_log(self.port)
         self.start_timeout_s = start_timeout_s
+        self.stop_grace_s = stop_grace_s
         self.on_wait = on_wait
         self.start_s: float | None = None  # seconds from the start of the process to the first healthy answer
         self._process: subprocess.Popen | None = None
@@ -136,7 +137,7 @@ class ServerProcess:
         self._remember_descendants()
         self.resume_scheduler()  # a stopped process would keep the signal pending
         self._process.terminate()  # only the main process: it drains and ends its children; signalled too, they look crashed
-        deadline = time.monotonic() + STOP_GRACE_S
+        deadline = time.monotonic() + self.stop_grace_s
         while time.monotonic() < deadline and (self._process.poll() is None or self._alive()):
             time.sleep(0.05)
         self._signal(signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 

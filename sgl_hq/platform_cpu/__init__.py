@@ -18,7 +18,9 @@ def activate() -> str | None:
     """
     if os.environ.get("SGLANG_PLATFORM") != PLATFORM:
         return None
-    # Spinning OpenMP threads starve SGLang's other processes on few cores, and each other: 30 layers of small matrix
-    # products took 3,136 ms spinning and 198 ms sleeping on a busy 2-core machine. Read when a child loads OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin for long starve SGLang's other processes on few cores, and each other: 30 layers of small
+    # matrix products took 3,136 ms with the default (about 0.1 s of spinning) and 146 ms without on a busy 2-core machine.
+    # Not spinning at all costs 15 % on a quiet one. The scheduler reads this when it loads OpenMP.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     return "sgl_hq.platform_cpu.platform:HQCPUPlatform"

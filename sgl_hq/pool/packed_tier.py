@@ -33,6 +33,7 @@ class PackedTier:
         self.sink_slots = torch.zeros(
             (shape.layers, sizes.sinks, shape.kv_heads, layout.sink_bytes), dtype=torch.uint8, device=device
         )
+        self._k_buffer = self._v_buffer = torch.empty(0, dtype=torch.uint8, device=device)  # grown by the first read
         self.clear()
 
     def clear(self) -> None:
@@ -121,11 +122,23 @@ class PackedTier:
         """K and V of a run of pages of one layer, unpacked.
 
         pages: [n] int64 page ids on the arena's device; first_page: pages[0] as an int (its sink is looked up).
-        Returns k [kv_heads, n * 64, head_dim], v [kv_heads, n * 64, v_head_dim]; bf16 for `bf16`, else float32.
+        Returns k [kv_heads, n * 64, head_dim], v [kv_heads, n * 64, v_head_dim]; bf16 for `bf16`, else float32. Both are
+        views of a buffer that the next `read` overwrites: fresh memory for each of them cost more than the unpacking.
         """
         sink_slot = self._sink_of_page[first_page]
         sink = None if sink_slot == NO_SINK else self.sink_slots[layer, sink_slot]
-        return self.codec.unpack(self.records[layer, pages], sink)
+        return self.codec.unpack(self.records[layer].index_select(0, pages), sink, out=self._buffers(len(pages)))
+
+    def _buffers(self, n_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous K and V outputs of `read` for `n_pages`."""
+        rows = self.shape.kv_heads * n_pages * PAGE_TOKENS
+        sizes = (rows * self.shape.head_dim, rows * self.shape.v_head_dim)
+        if self._k_buffer.numel() < sizes[0]:
+            dtype = torch.bfloat16 if self.fmt.kind == "bf16" else torch.float32
+            self._k_buffer, self._v_buffer = (torch.empty(n, dtype=dtype, device=self.records.device) for n in sizes)
+        k, v = self._k_buffer[: sizes[0]], self._v_buffer[: sizes[1]]
+        heads = self.shape.kv_heads
+        return k.view(heads, -1, self.shape.head_dim), v.view(heads, -1, self.shape.v_head_dim)
 
     def free(self, pages: list[int]) -> None:
         for page in pages:

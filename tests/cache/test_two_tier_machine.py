@@ -157,7 +157,7 @@ class TwoTierMachine(RuleBasedStateMachine):
             parts = []
             for segment in run.segments:
                 k, _ = self.pool.packed.read(0, torch.tensor(segment.pages), segment.pages[0])
-                parts.append(k[0, :, 0])
+                parts.append(k[0, :, 0].clone())  # `read` reuses its buffers
             slots = self.rows.req_to_token[req.req_pool_idx, run.tokens : req.allocated].long()
             parts.append(self.pool.k_buffer[0][slots, 0, 0])
             assert torch.equal(torch.cat(parts), _values(req.tokens, 0, req.allocated)), f"{req.rid} reads foreign KV"

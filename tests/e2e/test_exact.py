@@ -52,7 +52,7 @@ def arms(model):
     assert len(tokens) == CONTEXT_TOKENS
     results, states = {}, {}
     for arm, options in [("vanilla", []), ("exact", ["--hq-format", "exact"])]:
-        with ServerProcess(str(model), ARGS + options) as server:
+        with ServerProcess(str(model), ARGS + options, stop_grace_s=0) as server:
             results[arm] = _measure(server, tokens)
             states[arm] = server.server_info()["internal_states"][0].get("hq")
     return results, states

@@ -16,8 +16,8 @@ from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.page_format import get_format
 
 ARGS = ["--max-total-tokens", "12288", "--grammar-backend", "none", "--enable-cache-report"]
-QUESTIONS = ["What is an assert statement?", "When is __debug__ true?", "Can I assign to __debug__?", "What does -O do?"]
-SYSTEM = "You are a Python tutor. Answer from this text.\n" + pydoc_data.topics.topics["assert"][:2500]
+QUESTIONS = ["What is an assignment statement?", "What is a target list?", "Can I assign to an attribute?", "What is augmented assignment?"]
+SYSTEM = "You are a Python tutor. Answer from this text.\n" + pydoc_data.topics.topics["assignment"][:2500]
 
 
 def _ask(url: str, question: str):
@@ -38,13 +38,13 @@ def _state(server) -> dict:
 
 @pytest.fixture(scope="module")
 def vanilla_answers(model):
-    with ServerProcess(str(model), [*ARGS, "--page-size", "64"]) as server:
+    with ServerProcess(str(model), [*ARGS, "--page-size", "64"], stop_grace_s=0) as server:
         return [_ask(server.url, q) for q in QUESTIONS]
 
 
 def _start(model, way: str, options: list[str], env: dict[str, str]) -> ServerProcess:
     """The three documented ways; all end in the same server."""
-    server = ServerProcess(str(model), [*ARGS, *options], env=env)
+    server = ServerProcess(str(model), [*ARGS, *options], env=env, stop_grace_s=0)
     bin_dir = Path(sys.executable).parent
     if way == "sgl-hq serve":
         server.argv[:3] = [str(bin_dir / "sgl-hq"), "serve"]

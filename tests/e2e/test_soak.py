@@ -22,7 +22,7 @@ ARGS = ["--hq-format", "int8", "--max-total-tokens", "6144", "--grammar-backend"
 
 @pytest.fixture(scope="module")
 def server(model):
-    with ServerProcess(str(model), ARGS, env=ENVIRONMENT) as server:
+    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0) as server:
         yield server
 
 

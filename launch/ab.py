@@ -52,7 +52,7 @@ class Setup:
         """The server's arguments: the same in every arm, then the ones that make it an HQ arm."""
         args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(self.kv_tokens), "--grammar-backend", "none"]
         args += ["--enable-metrics", "--enable-cache-report", "--decode-log-interval", "1", "--random-seed", "0"]
-        args += ["--log-level", "info"]
+        args += ["--log-level", "info", "--skip-server-warmup"]
         if arm != VANILLA:
             args += ["--hq-format", arm, "--hq-pack", self.pack, "--hq-packed-fraction", str(self.packed_fraction)]
         return args

@@ -1,11 +1,13 @@
-"""Shared fixtures. The CPU platform is selected before anything imports SGLang."""
+"""Shared fixtures. Without a GPU the CPU platform is selected before anything imports SGLang."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"
 
 import pytest
 

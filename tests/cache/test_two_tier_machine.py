@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sgl_hq.config import HQConfig
 from sgl_hq.kernels.page_codec import NonFiniteError
 from sgl_hq.page_format import PAGE_TOKENS as P
 
@@ -47,11 +49,11 @@ class TwoTierMachine(RuleBasedStateMachine):
         from sgl_hq.platform_cpu.allocator import CPUPagedAllocator
         from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 
-        os.environ.update(SGLANG_HQ_FORMAT="bf16", SGLANG_HQ_PACK=pack, SGLANG_HQ_PACKED_FRACTION=str(packed_fraction))
-        self.pool = HQTokenToKVPool(
-            DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=1, device="cpu",
-            enable_memory_saver=False,
-        )
+        with patch.dict(os.environ, HQConfig("bf16", pack, packed_fraction).to_env()):
+            self.pool = HQTokenToKVPool(
+                DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=1, device="cpu",
+                enable_memory_saver=False,
+            )
         self.allocator = CPUPagedAllocator(
             DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, device="cpu", kvcache=self.pool, need_sort=False
         )

@@ -1,7 +1,6 @@
 """Planted mistakes must be caught: wrong plugin state, one flipped bit, other requests, contradicting accounts."""
 
-from __future__ import dataclasses
-import annotations
+from __future__ import annotations
 
 import json
 import math
@@ -180,7 +179,7 @@ def test_rows_have_the_promised_keys_and_figures():
     assert (r["requests"], r["prompt_tokens"], r["cached_tokens"], r["output_tokens"]) == (2, 200, 128, 6)
     assert r["reuse_factor"] == (200 + 6) / 256
     assert (r["packed_fraction"], r["plugin_active"], r["format"]) == (0.75, True, "hq6")
-    busy = dataclasses.replace(mine, peak_dense_tokens=mine.kv.dense_tokens + 128)
+    busy = replace(mine, peak_dense_tokens=mine.kv.dense_tokens + 128)
     at_peak = row(busy, compare(base.waves, mine.waves), 2, TOKEN_BYTES)
     assert at_peak["packed_fraction_at_peak"] == 192 / 384 < at_peak["packed_fraction"]
     assert at_peak["kv_bytes_used_peak"] == r["kv_bytes_used"] + 128 * TOKEN_BYTES

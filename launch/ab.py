@@ -152,14 +152,14 @@ async def _phase(
     done = []
     http = httpx.AsyncClient(trust_env=False, timeout=REQUEST_TIMEOUT_S)  # no proxy between us and our own server
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=http, max_retries=0) as client:
-        with PeakSampler(server) as sampler:
+        with PeakSampler(server, setup.token_bytes) as sampler:
             for number, wave in enumerate(waves, start=1):
                 progress.doing(f"{arm}, {name}: wave {number} of {len(waves)}")
                 done.append(await run_wave(server, client, wave, setup.workload.output_tokens))
                 progress.step()
     hq = plugin_block(arm, server.server_info(), setup.pack)
     kv = read_accounts(server.metrics(), hq, setup.token_bytes)
-    return Phase(arm, name, tuple(done), kv, sampler.peak_tokens, hq)
+    return Phase(arm, name, tuple(done), kv, sampler.peak, hq)
 
 
 def _show(rows: list[Row]) -> None:

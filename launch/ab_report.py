@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sgl_hq.config import EXACT
 from sgl_hq.launch.ab_compare import VANILLA, Difference
-from sgl_hq.launch.kv_accounts import KvAccounts
+from sgl_hq.launch.kv_accounts import KvAccounts, Peak
 from sgl_hq.launch.waves import Wave
 
 Row = dict[str, Any]
@@ -23,13 +23,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of one arm. `kv` is read when the phase has ended, `peak_dense_tokens` while it ran."""
+    """One phase of one arm. `kv` is read when the phase has ended, `peak` while it ran."""
 
     arm: str
     name: str  # "cold" or "warm"
     waves: tuple[Wave, ...]
     kv: KvAccounts
-    peak_dense_tokens: int
+    peak: Peak
     hq: dict[str, Any] | None
 
 
@@ -43,8 +43,8 @@ def row(phase: Phase, difference: Difference, concurrency: int, token_bytes: int
     # What the scheduler attended to is what it was asked for; what it stored is what is resident when the phase has ended.
     reuse = (prompt_tokens + output_tokens) / kv.resident_tokens if kv.resident_tokens else None
     # While requests run they hold dense pages of their own, in every arm: at the peak p is lower and more bytes are used.
-    peak_dense = max(phase.peak_dense_tokens, kv.dense_tokens)
-    peak_tokens = peak_dense + kv.packed_tokens
+    peak = max(phase.peak, Peak(kv.bytes_used, kv.dense_tokens, kv.packed_tokens))
+    peak_tokens = peak.dense_tokens + peak.packed_tokens
     return {
         "arm": phase.arm,
         "format": hq["format"] if hq else None,
@@ -56,12 +56,12 @@ def row(phase: Phase, difference: Difference, concurrency: int, token_bytes: int
         "output_tokens": output_tokens,
         "reuse_factor": reuse,
         "packed_fraction": kv.packed_fraction,
-        "packed_fraction_at_peak": kv.packed_tokens / peak_tokens if peak_tokens else 0.0,
+        "packed_fraction_at_peak": peak.packed_tokens / peak_tokens if peak_tokens else 0.0,
         "dense_tokens": kv.dense_tokens,
-        "dense_tokens_peak": peak_dense,
+        "dense_tokens_at_peak": peak.dense_tokens,
         "packed_tokens": kv.packed_tokens,
         "kv_bytes_used": kv.bytes_used,
-        "kv_bytes_used_peak": kv.bytes_used + (peak_dense - kv.dense_tokens) * token_bytes,
+        "kv_bytes_used_peak": peak.bytes_used,
         "kv_bytes_allocated": kv.bytes_allocated,
         "metadata_bytes": hq["metadata_bytes"] if hq else 0,
         "stored_bytes_per_shared_token": kv.packed_bytes_used / kv.packed_tokens if kv.packed_tokens else None,
@@ -165,9 +165,9 @@ _BLOCKS: tuple[tuple[str, tuple[tuple[str, Callable[[Row], str]], ...]], ...] = 
         (
             ("tokens attended / stored", _number("reuse_factor", 1)),
             ("packed fraction p", _number("packed_fraction", 2)),
-            ("  at the dense peak", _number("packed_fraction_at_peak", 2)),
+            ("  at the peak", _number("packed_fraction_at_peak", 2)),
             ("KV used, MB", _megabytes("kv_bytes_used")),
-            ("  at the dense peak", _megabytes("kv_bytes_used_peak")),
+            ("  at the peak", _megabytes("kv_bytes_used_peak")),
             ("KV allocated, MB", _megabytes("kv_bytes_allocated")),
             ("stored B/shared token", _number("stored_bytes_per_shared_token")),
             ("  the format states", _number("stated_bytes_per_shared_token")),

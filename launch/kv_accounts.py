@@ -2,7 +2,8 @@
 
 The dense tier is read from two gauges of /metrics that SGLang itself keeps, `sglang:max_total_num_tokens` (slots) and
 `sglang:kv_available_tokens` (free slots; updated on every prefill, on every decode step with --decode-log-interval 1, and
-once when the scheduler falls idle). The packed tier is read from the `hq` block of /server_info, which only our plugin adds.
+once when the scheduler falls idle). The packed tier is read from the `hq` block of /server_info and, while requests run, from
+two gauges of the same /metrics answer; only our plugin adds them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sgl_hq.launch.server_process import Sample, ServerFailed, ServerProcess
+from sgl_hq.metrics import PACKED_BYTES, PACKED_PAGES
 
 PAGE_TOKENS = 64
 BF16_BYTES = 2
@@ -92,14 +94,37 @@ def gauge(samples: Sequence[Sample], name: str) -> float:
     return values[0]
 
 
-class PeakSampler:
-    """Reads the dense tier's resident tokens in the background while a phase runs; `peak_tokens` is the largest seen."""
+class Peak(NamedTuple):
+    """The moment with the most KV bytes in use: both tiers from one /metrics answer.
 
-    def __init__(self, server: ServerProcess):
-        self._server = server
+    SGLang refreshes the dense gauge with the next batch, ours changes at once: just after packing, a page can be counted
+    in both tiers, never in none.
+    """
+
+    bytes_used: int
+    dense_tokens: int
+    packed_tokens: int
+
+
+def read_peak(samples: Sequence[Sample], token_bytes: int) -> Peak:
+    """What is resident at this moment; an arm without the plugin has no packed gauges."""
+    packed = {s.name: int(s.value) for s in samples if s.name in (PACKED_PAGES, PACKED_BYTES)}
+    dense_tokens = resident_dense_tokens(samples)
+    return Peak(
+        bytes_used=dense_tokens * token_bytes + packed.get(PACKED_BYTES, 0),
+        dense_tokens=dense_tokens,
+        packed_tokens=packed.get(PACKED_PAGES, 0) * PAGE_TOKENS,
+    )
+
+
+class PeakSampler:
+    """Reads what is resident in the background while a phase runs; `peak` is the sample with the most bytes."""
+
+    def __init__(self, server: ServerProcess, token_bytes: int):
+        self._server, self._token_bytes = server, token_bytes
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv-sampler", daemon=True)
-        self.peak_tokens = 0
+        self.peak = Peak(0, 0, 0)
 
     def __enter__(self) -> PeakSampler:
         self._thread.start()
@@ -112,6 +137,6 @@ class PeakSampler:
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_EVERY_S):
             try:
-                self.peak_tokens = max(self.peak_tokens, resident_dense_tokens(self._server.metrics()))
+                self.peak = max(self.peak, read_peak(self._server.metrics(), self._token_bytes))
             except ServerFailed:
                 return  # the wave in flight fails too and reports why

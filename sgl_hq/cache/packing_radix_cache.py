@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sgl_hq.cache import pack_policy
 from sgl_hq.cache.live_requests import LiveRequests
 from sgl_hq.kernels.page_codec import NonFiniteError
+from sgl_hq.metrics import PackedTierGauges
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
@@ -54,6 +55,7 @@ class PackingRadixCache(RadixCache):
         self.counters = PackCounters()
         self.epoch = 0
         self.live = LiveRequests(self.packed_run, lambda: self.epoch)
+        self._gauges = PackedTierGauges() if params.enable_metrics and pool.packed is not None else None
         super().__init__(params)
 
     def reset(self):
@@ -66,6 +68,7 @@ class PackingRadixCache(RadixCache):
         self.epoch += 1
         if self._packed is not None:
             self._packed.clear()
+            self._show()
 
     # ---- a request uses a path ---------------------------------------------------------------------------------
 
@@ -135,6 +138,7 @@ class PackingRadixCache(RadixCache):
         self.counters.nodes_packed += 1
         self.counters.pages_packed += len(pages)
         self.epoch += 1
+        self._show()
         return True
 
     def packed_run(self, node: TreeNode) -> PackedRun:
@@ -210,6 +214,7 @@ class PackingRadixCache(RadixCache):
             self._packed.free(pages)
             self.counters.pages_dropped += len(pages)
             self.epoch += 1
+            self._show()
         self._delete_leaf(leaf)
         self._record_remove_event(leaf)
 
@@ -303,6 +308,10 @@ class PackingRadixCache(RadixCache):
         assert (dense_evictable, dense_protected) == (self.evictable_size_, self.protected_size_), "dense sizes drifted"
         if self._packed is not None:
             self._packed.check_books(owned)
+
+    def _show(self) -> None:
+        if self._gauges is not None:
+            self._gauges.set(self._packed.pages_used, self._packed.bytes_used)
 
     def counter_values(self) -> dict[str, int]:
         return asdict(self.counters)

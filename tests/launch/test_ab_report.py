@@ -16,7 +16,7 @@ from sgl_hq.launch import ab
 from sgl_hq.launch.ab import _verdict, run
 from sgl_hq.launch.ab_compare import ABError, compare, plugin_block
 from sgl_hq.launch.ab_report import Phase, paragraph, row, table, write_json
-from sgl_hq.launch.kv_accounts import AccountsError, KvAccounts, read_accounts
+from sgl_hq.launch.kv_accounts import AccountsError, KvAccounts, Peak, read_accounts, read_peak
 from sgl_hq.launch.server_log import logged_batches
 from sgl_hq.launch.server_process import Sample
 from sgl_hq.launch.waves import Answer, Wave
@@ -63,7 +63,7 @@ def wave(*answers, batches=(("prefill", 2, 128, 64), ("decode", 2))):
 
 def phase(arm="vanilla", hq=None, waves=None, packed_tokens=0):
     kv = KvAccounts(256 - packed_tokens, packed_tokens, 5_000_000, 9_000_000, 3_200_000 if packed_tokens else 0)
-    return Phase(arm, "warm", tuple(waves or [wave(answer(0), answer(1))]), kv, 200, hq)
+    return Phase(arm, "warm", tuple(waves or [wave(answer(0), answer(1))]), kv, Peak(0, 0, 0), hq)
 
 
 def metrics(total=640, available=512, kv_bytes=704 * TOKEN_BYTES):
@@ -179,14 +179,19 @@ def test_rows_have_the_promised_keys_and_figures():
     assert (r["requests"], r["prompt_tokens"], r["cached_tokens"], r["output_tokens"]) == (2, 200, 128, 6)
     assert r["reuse_factor"] == (200 + 6) / 256
     assert (r["packed_fraction"], r["plugin_active"], r["format"]) == (0.75, True, "hq6")
-    busy = replace(mine, peak_dense_tokens=mine.kv.dense_tokens + 128)
-    at_peak = row(busy, compare(base.waves, mine.waves), 2, TOKEN_BYTES)
-    assert at_peak["packed_fraction_at_peak"] == 192 / 384 < at_peak["packed_fraction"]
-    assert at_peak["kv_bytes_used_peak"] == r["kv_bytes_used"] + 128 * TOKEN_BYTES
+    assert (r["packed_fraction_at_peak"], r["kv_bytes_used_peak"]) == (0.75, r["kv_bytes_used"])
+    busy = row(replace(mine, peak=Peak(6_000_000, 300, 100)), compare(base.waves, mine.waves), 2, TOKEN_BYTES)
+    assert (busy["packed_fraction_at_peak"], busy["kv_bytes_used_peak"]) == (0.25, 6_000_000)
     assert (r["ttft_ms_p50"], r["tpot_ms_p50"]) == (pytest.approx(200), pytest.approx(100))
     assert r["output_tokens_per_s"] == pytest.approx(12)
     assert r["stored_bytes_per_shared_token"] == pytest.approx(3_200_000 / 192)
     assert r["stated_bytes_per_shared_token"] == pytest.approx(5.8 * TOKEN_BYTES / 16)
+
+
+def test_the_peak_counts_both_tiers_of_one_answer():
+    packed = [Sample("sglang:hq_packed_pages_used", {}, 3.0), Sample("sglang:hq_packed_bytes_used", {}, 5000.0)]
+    assert read_peak(metrics(total=640, available=512), TOKEN_BYTES) == (128 * TOKEN_BYTES, 128, 0)
+    assert read_peak(metrics(total=640, available=512) + packed, TOKEN_BYTES) == (128 * TOKEN_BYTES + 5000, 128, 192)
 
 
 def test_vanilla_row():

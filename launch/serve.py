@@ -47,7 +47,8 @@ def resolve(args: list[str], environ: Mapping[str, str], has_gpu: bool) -> tuple
     known, rest = parser.parse_known_args(args)
     misspelt = [a for a in rest if a.startswith("--hq-")]
     if misspelt:
-        raise HQConfigError(f"unknown option {misspelt[0]}: known are {', '.join('--hq-' + f.replace('_', '-') for f in ENV_OF_FIELD)}")
+        options = ", ".join("--hq-" + field.replace("_", "-") for field in ENV_OF_FIELD)
+        raise HQConfigError(f"unknown option {misspelt[0]}: known are {options}")
 
     env = dict(environ)
     on_cpu = (known.device or ("cuda" if has_gpu else "cpu")) == "cpu"
@@ -70,7 +71,17 @@ def resolve(args: list[str], environ: Mapping[str, str], has_gpu: bool) -> tuple
         argv += ["--device", known.device or "cpu"]
     if on_cpu:
         env.setdefault("SGLANG_PLATFORM", CPU_PLATFORM)
+    _check_plugin_is_loaded(env)
     return argv, env, config
+
+
+def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
+    """SGLang leaves our plugin out, without a word, for these two settings (sglang/srt/plugins/__init__.py)."""
+    platform, plugins = env.get("SGLANG_PLATFORM"), env.get("SGLANG_PLUGINS")
+    if platform and platform != CPU_PLATFORM:
+        raise HQConfigError(f"SGLANG_PLATFORM={platform} makes SGLang skip this plugin: unset it, or use {CPU_PLATFORM} on a CPU")
+    if plugins and "sgl_hq" not in [name.strip() for name in plugins.split(",")]:
+        raise HQConfigError(f"SGLANG_PLUGINS={plugins} makes SGLang skip this plugin: add sgl_hq to it or unset it")
 
 
 def _has_gpu() -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
 from sgl_hq import compat, preflight
 from sgl_hq.config import ENV_OF_FIELD, PACK_POLICIES, SERVING_FORMATS, HQConfigError, from_env
+from sgl_hq.page_format import get_format
+
+logger = logging.getLogger(__name__)
 
 _HELP = {
     "format": f"KV pages that requests share are held in this format: {', '.join(SERVING_FORMATS)} (exact = none is transformed)",
@@ -62,6 +66,12 @@ def resolve(original, self):
         raise HQConfigError(
             f"--hq-format {config.format} runs on the CPU platform only in this version (device is {self.device}): "
             "set SGLANG_PLATFORM=sgl_hq_cpu and --device cpu, or use --hq-format exact"
+        )
+    if config.packs and get_format(config.format).kind != "bf16":
+        logger.warning(
+            "sgl_hq: format %s loses bits and this version has no quality gate: compare answers on your model "
+            "(sgl-hq ab --model ... --arms vanilla,%s) before relying on it",
+            config.format, config.format,
         )
 
 

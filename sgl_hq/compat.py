@@ -45,9 +45,14 @@ def check_flags(args: Any, config: HQConfig) -> None:
     """`args`: ServerArgs before SGLang resolved them. Raises HQConfigError on the first unsupported combination."""
     for applies, what, remedy in _FLAGS:
         if applies(args):
-            raise HQConfigError(f"{what} cannot be combined with --hq-format {config.format}: {remedy}, or drop --hq-format")
+            raise HQConfigError(
+                f"{what} cannot be combined with --hq-format {config.format}: {remedy}, or drop --hq-format"
+            )
     if args.page_size not in (None, config.page_size):
-        raise HQConfigError(f"--page-size {args.page_size} does not match packed pages of {config.page_size} tokens: use --page-size {config.page_size} or leave it out")
+        raise HQConfigError(
+            f"--page-size {args.page_size} does not match packed pages of {config.page_size} tokens: "
+            f"use --page-size {config.page_size} or leave it out"
+        )
 
 
 def check_model(model: Any, config: HQConfig) -> None:
@@ -72,7 +77,9 @@ def check_model(model: Any, config: HQConfig) -> None:
         reason = f"has K and V heads of different size ({model.head_dim} and {model.v_head_dim})"
     if reason:
         name = ", ".join(model.hf_config.architectures or ["this model"])
-        raise HQConfigError(f"{name} {reason}: --hq-format {config.format} cannot serve it, drop the --hq-* options to serve it with plain SGLang")
+        raise HQConfigError(
+            f"{name} {reason}: --hq-format {config.format} cannot serve it, drop the --hq-* options to serve it with plain SGLang"
+        )
 
 
 def _window(text: Any) -> int | None:

@@ -48,16 +48,20 @@ class HQConfig:
     def __post_init__(self):
         if self.format not in SERVING_FORMATS:
             raise HQConfigError(
-                f"unknown --hq-format {self.format!r}: choose one of {', '.join(SERVING_FORMATS)} (`sgl-hq formats` explains them)"
+                f"unknown --hq-format {self.format!r}: choose one of {', '.join(SERVING_FORMATS)} "
+                "(`sgl-hq formats` explains them)"
             )
         if self.pack not in PACK_POLICIES:
             raise HQConfigError(f"unknown --hq-pack {self.pack!r}: choose one of {', '.join(PACK_POLICIES)}")
         if not 0.0 < self.packed_fraction < 1.0:
             raise HQConfigError(
-                f"--hq-packed-fraction {self.packed_fraction:g} leaves one tier without memory: give a number between 0 and 1, for example 0.5"
+                f"--hq-packed-fraction {self.packed_fraction:g} leaves one tier without memory: "
+                "give a number between 0 and 1, for example 0.5"
             )
         if self.page_size != PAGE_TOKENS:
-            raise HQConfigError(f"--hq-page-size {self.page_size} is not supported: packed pages hold {PAGE_TOKENS} tokens, use {PAGE_TOKENS}")
+            raise HQConfigError(
+                f"--hq-page-size {self.page_size} is not supported: packed pages hold {PAGE_TOKENS} tokens, use {PAGE_TOKENS}"
+            )
 
     @property
     def packs(self) -> bool:
@@ -88,7 +92,8 @@ def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
         return None
     if "format" not in given:
         raise HQConfigError(
-            f"{', '.join(ENV_OF_FIELD[f] for f in given)} is set but no format is: add --hq-format (one of {', '.join(SERVING_FORMATS)}) or unset it"
+            f"{', '.join(ENV_OF_FIELD[f] for f in given)} is set but no format is: "
+            f"add --hq-format (one of {', '.join(SERVING_FORMATS)}) or unset it"
         )
     return from_strings(given)
 

@@ -55,7 +55,9 @@ class HQAttnBackendMixin(AttentionBackend):
         rows, runs = self.forward_runs()
         if rows != forward_batch.req_pool_indices.tolist():
             # Reading on would take freed slots for a packed prefix.
-            raise RuntimeError(f"sgl_hq: the batch has rows {forward_batch.req_pool_indices.tolist()}, packed runs were taken for {rows}")
+            raise RuntimeError(
+                f"sgl_hq: the batch has rows {forward_batch.req_pool_indices.tolist()}, packed runs were taken for {rows}"
+            )
         decode = forward_batch.forward_mode.is_decode()
         return make_plan(runs, [1] * len(runs) if decode else list(forward_batch.extend_seq_lens_cpu), self.device)
 

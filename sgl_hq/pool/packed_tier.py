@@ -91,7 +91,9 @@ class PackedTier:
 
     # ---- pages ---------------------------------------------------------------------------------------------------
 
-    def write(self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor], dense_slots: torch.Tensor, starts_sequence: bool) -> list[int]:
+    def write(
+        self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor], dense_slots: torch.Tensor, starts_sequence: bool
+    ) -> list[int]:
         """Pack whole pages out of the dense tier; returns their packed page ids in order.
 
         k_layers, v_layers: per layer [dense slots, kv_heads, head_dim] bf16; dense_slots: [n_pages * 64] int64.

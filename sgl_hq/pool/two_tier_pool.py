@@ -30,7 +30,10 @@ class HQTokenToKVPool(MHATokenToKVPool):
         self.packed: PackedTier | None = None
         if self.config.packs:
             if self.dtype != torch.bfloat16:
-                raise HQConfigError(f"the KV cache dtype is {self.dtype}: packed pages are made from bfloat16, start with --dtype bfloat16 --kv-cache-dtype auto")
+                raise HQConfigError(
+                    f"the KV cache dtype is {self.dtype}: packed pages are made from bfloat16, "
+                    "start with --dtype bfloat16 --kv-cache-dtype auto"
+                )
             fmt = get_format(self.config.format)
             sizes = tiers_of_dense(self.size, self.config.packed_fraction, fmt, self.shape)
             self.packed = PackedTier(fmt, self.shape, sizes, self.device)

@@ -1,0 +1,56 @@
+"""`sgl-hq serve` only resolves: what it starts SGLang with, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgl_hq.config import HQConfigError
+from sgl_hq.launch.serve import resolve
+from sgl_hq.launch.server_process import free_port
+
+
+@pytest.fixture
+def args(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return ["--model-path", str(tmp_path), "--port", str(free_port())]
+
+
+def test_defaults_on_a_cpu_lose_no_bit_and_select_our_platform(args):
+    argv, env, config = resolve(args, {}, has_gpu=False)
+    assert config.format == env["SGLANG_HQ_FORMAT"] == "bf16"
+    assert env["SGLANG_PLATFORM"] == "sgl_hq_cpu" and argv[argv.index("--device") + 1] == "cpu"
+
+
+def test_defaults_on_a_gpu_touch_no_page_and_leave_the_platform_alone(args):
+    argv, env, config = resolve(args, {}, has_gpu=True)
+    assert config.format == "exact" and "SGLANG_PLATFORM" not in env and "--device" not in argv
+
+
+def test_flags_win_over_the_environment_and_the_rest_goes_through_unchanged(args):
+    environ = {"SGLANG_HQ_FORMAT": "int8", "SGLANG_HQ_PACK": "insert", "HOME": "/h"}
+    argv, env, config = resolve([*args, "--hq-format", "hq6", "--tp-size", "1", "--trust-remote-code"], environ, has_gpu=False)
+    assert (config.format, config.pack) == ("hq6", "insert")
+    assert env["SGLANG_HQ_FORMAT"] == "hq6" and env["HOME"] == "/h"
+    assert argv[:3] == ["--tp-size", "1", "--trust-remote-code"] and not any(a.startswith("--hq-") for a in argv)
+
+
+@pytest.mark.parametrize(
+    "environ, reason",
+    [
+        ({"SGLANG_PLATFORM": "npu"}, "SGLANG_PLATFORM=npu makes SGLang skip this plugin"),
+        ({"SGLANG_PLUGINS": "other"}, "add sgl_hq to it"),
+        ({"SGLANG_HQ_PACKED_FRACTION": "2"}, "between 0 and 1"),
+    ],
+)
+def test_settings_that_would_serve_something_else_are_refused(args, environ, reason):
+    with pytest.raises(HQConfigError, match=reason):
+        resolve(args, environ, has_gpu=False)
+
+
+def test_a_plugin_list_that_names_us_is_fine(args):
+    resolve(args, {"SGLANG_PLUGINS": "other, sgl_hq"}, has_gpu=False)
+
+
+def test_a_misspelt_option_is_not_passed_on(args):
+    with pytest.raises(HQConfigError, match="unknown option --hq-packed"):
+        resolve([*args, "--hq-packed", "0.5"], {}, has_gpu=False)

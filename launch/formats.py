@@ -16,13 +16,14 @@ PREFIX_TOKENS = 1024
 # of 16 steps against all gate bounds.
 _QUALITY = {
     "bf16": "keeps every bit",
-    "int8": "49 of 49 strict trials pass on SmolLM2-135M",
-    "hq6": "49 of 49 strict trials pass on SmolLM2-135M",
+    "int8": "lossy; 49 of 49 strict trials pass on SmolLM2-135M",
+    "hq6": "lossy; 49 of 49 strict trials pass on SmolLM2-135M",
 }
 _NOTE = (
     f"Bits at a prefix of {PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
-    "with alignment and one sink slot per sequence. 'exact' is a serving mode that packs nothing, so it has no row. "
-    "The quality facts hold for that model only; a command that runs the gate on yours (`sgl-hq gate`) arrives later."
+    "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
+    "'exact' is a serving mode that packs nothing, so it has no row. The quality facts come from an offline study and "
+    "hold for that model only; a command that measures yours arrives later."
 )
 
 
@@ -36,11 +37,11 @@ def table() -> Table:
     """`rows()` for a terminal."""
     from rich.table import Table
 
-    shown = Table(title="Page formats", caption=_NOTE, caption_justify="left")
+    quality = "\n".join(f"{name}: {fact}" for name, fact in _QUALITY.items())
+    shown = Table(title="Page formats", caption=f"{quality}\n{_NOTE}", caption_justify="left")
     shown.add_column("format")
-    for column in ("head_dim", "effective bits", "stored bits", "record bytes", "sink bytes", "smaller than bf16"):
+    for column in ("head\ndim", "effective\nbits", "stored\nbits", "record\nbytes", "sink\nbytes", "bf16 /\nstored"):
         shown.add_column(column, justify="right")
-    shown.add_column("quality")
     for row in rows():
         shown.add_row(
             row["format"],
@@ -50,7 +51,6 @@ def table() -> Table:
             f"{row['record_bytes']:,}",
             f"{row['sink_bytes']:,}",
             f"{row['ratio_to_bf16']:.2f}x",
-            row["quality"],
         )
     return shown
 

@@ -25,11 +25,12 @@ from sgl_hq.config import EXACT, HQConfig, from_env
 from sgl_hq.launch.ab_compare import VANILLA, ABError, compare, plugin_block
 from sgl_hq.launch.ab_progress import START_STEPS, ABProgress
 from sgl_hq.launch.ab_report import Phase, Row, paragraph, row, table, write_json
-from sgl_hq.launch.kv_accounts import PAGE_TOKENS, PeakSampler, bytes_per_token, read_accounts
+from sgl_hq.launch.kv_accounts import PeakSampler, bytes_per_token, read_accounts
 from sgl_hq.launch.run_facts import run_facts
 from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.launch.waves import run_wave
 from sgl_hq.launch.workload import ChatRequest, Workload
+from sgl_hq.page_format import PAGE_TOKENS
 
 PHASES = ("cold", "warm")
 Waves = list[list[ChatRequest]]

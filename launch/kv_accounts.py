@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from sgl_hq.launch.server_process import Sample, ServerFailed, ServerProcess
 from sgl_hq.metrics import PACKED_BYTES, PACKED_PAGES
+from sgl_hq.page_format import PAGE_TOKENS
 
-PAGE_TOKENS = 64
 BF16_BYTES = 2
 SAMPLE_EVERY_S = 0.5  # each sample costs the HTTP process some 10 ms of one of its cores
 

@@ -13,8 +13,7 @@ from rich.table import Table
 from sgl_hq import preflight
 from sgl_hq.config import ENV_OF_FIELD, EXACT, HQConfig, HQConfigError, from_env
 from sgl_hq.patches.probe import check_version
-
-CPU_PLATFORM = "sgl_hq_cpu"
+from sgl_hq.platform_cpu import PLATFORM as CPU_PLATFORM
 
 
 def serve(args: list[str]) -> NoReturn:

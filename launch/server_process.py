@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sgl_hq.launch.server_log import failure_reason
 from sgl_hq.launch.thread_freeze import freeze, thaw
+from sgl_hq.platform_cpu import PLATFORM as CPU_PLATFORM
 
 HOST = "127.0.0.1"
 # SGLang names its scheduler processes with setproctitle (sglang/srt/managers/scheduler.py).
@@ -80,7 +81,7 @@ class ServerProcess:
         self.argv += ["--host", HOST, "--port", str(self.port), *(["--device", "cpu"] if cpu else []), *args]
         self.env = dict(os.environ)
         if cpu:
-            self.env["SGLANG_PLATFORM"] = "sgl_hq_cpu"
+            self.env["SGLANG_PLATFORM"] = CPU_PLATFORM
         if Path(model).is_dir():
             self.env["HF_HUB_OFFLINE"] = "1"
         self.env.update(env or {})

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_hq import preflight
-from sgl_hq.config import ENV_OF_FIELD, EXACT, HQConfig, HQConfigError, from_env
+from sgl_hq.config import CPU_PLATFORM, ENV_OF_FIELD, EXACT, HQConfig, HQConfigError, from_env
 from sgl_hq.patches.probe import check_version
-from sgl_hq.platform_cpu import PLATFORM as CPU_PLATFORM
 
 
 def serve(args: list[str]) -> NoReturn:

@@ -23,9 +23,9 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from sgl_hq.config import CPU_PLATFORM
 from sgl_hq.launch.server_log import failure_reason
 from sgl_hq.launch.thread_freeze import freeze, thaw
-from sgl_hq.platform_cpu import PLATFORM as CPU_PLATFORM
 
 HOST = "127.0.0.1"
 # SGLang names its scheduler processes with setproctitle (sglang/srt/managers/scheduler.py).

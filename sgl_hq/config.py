@@ -14,6 +14,7 @@ from typing import Mapping
 from sgl_hq.page_format import FORMATS, PAGE_TOKENS
 
 EXACT = "exact"
+CPU_PLATFORM = "sgl_hq_cpu"  # value of SGLANG_PLATFORM that selects our CPU platform; the entry point's name
 PACK_POLICIES = ("shared", "insert", "pressure")
 SERVING_FORMATS = (EXACT, *FORMATS)
 

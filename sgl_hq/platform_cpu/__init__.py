@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-PLATFORM = "sgl_hq_cpu"
+from sgl_hq.config import CPU_PLATFORM
 
 
 def activate() -> str | None:
@@ -16,7 +16,7 @@ def activate() -> str | None:
 
     A platform that answers without being asked would take over every process of a machine with a GPU.
     """
-    if os.environ.get("SGLANG_PLATFORM") != PLATFORM:
+    if os.environ.get("SGLANG_PLATFORM") != CPU_PLATFORM:
         return None
     # OpenMP threads that spin for long starve SGLang's other processes on few cores, and each other: 30 layers of small
     # matrix products took 3,136 ms with the default (about 0.1 s of spinning) and 146 ms without on a busy 2-core machine.

@@ -23,7 +23,7 @@ _NOTE = (
     f"Bits at a prefix of {PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
     "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
     "'exact' is a serving mode that packs nothing, so it has no row. The quality facts come from an offline study and "
-    "hold for that model only; a command that measures yours arrives later."
+    "hold for that model only; the quality gate that measures yours arrives later."
 )
 
 

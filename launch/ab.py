@@ -22,6 +22,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from sgl_hq.config import EXACT, HQConfig, from_env
+from sgl_hq.gate import admission
 from sgl_hq.launch.ab_compare import VANILLA, ABError, compare, plugin_block
 from sgl_hq.launch.ab_progress import START_STEPS, ABProgress
 from sgl_hq.launch.ab_report import Phase, Row, paragraph, row, table, write_json
@@ -48,6 +49,7 @@ class Setup:
     pack: str
     packed_fraction: float
     token_bytes: int  # KV bytes of one bf16 token
+    allow_ungated: bool = False
 
     def server_args(self, arm: str) -> list[str]:
         """The server's arguments: the same in every arm, then the ones that make it an HQ arm."""
@@ -56,6 +58,7 @@ class Setup:
         args += ["--log-level", "info", "--skip-server-warmup"]
         if arm != VANILLA:
             args += ["--hq-format", arm, "--hq-pack", self.pack, "--hq-packed-fraction", str(self.packed_fraction)]
+            args += ["--hq-allow-ungated"] if self.allow_ungated else []
         return args
 
     def describe(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ def run(
     output_tokens: int | None = None,
     pack: str | None = None,
     packed_fraction: float | None = None,
+    allow_ungated: bool = False,
     json_path: Path | None = None,
 ) -> int:
     """Run the comparison, print the table, write `json_path`; None takes the default (`quick` has smaller ones).
@@ -90,9 +94,7 @@ def run(
     packed_fraction = 0.5 if packed_fraction is None else packed_fraction
     if arms[0] != VANILLA:
         raise ABError(f"The first arm is {arms[0]!r}; it must be {VANILLA!r}, which the others are compared with")
-    for arm in arms:
-        if arm != VANILLA:
-            HQConfig(arm, pack, packed_fraction)
+    configs = [HQConfig(arm, pack, packed_fraction, allow_ungated=allow_ungated) for arm in arms if arm != VANILLA]
     if json_path is not None and not json_path.resolve().parent.is_dir():
         raise ABError(f"--json: there is no directory {json_path.resolve().parent}")
     workload = Workload(
@@ -104,6 +106,8 @@ def run(
     )
     model = model or _demo_model()
     waves, token_bytes = _prepare(model, workload)
+    for config in configs:  # before the vanilla arm has run for minutes
+        admission.require(config, admission.gate_state(config, model))
     setup = Setup(
         model=model,
         arms=tuple(arms),
@@ -112,6 +116,7 @@ def run(
         pack=pack,
         packed_fraction=packed_fraction,
         token_bytes=token_bytes,
+        allow_ungated=allow_ungated,
     )
     rows: list[Row] = []
     logs = Path(tempfile.mkdtemp(prefix="sgl-hq-ab-"))  # kept when an arm fails: the error names the file

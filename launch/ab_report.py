@@ -78,6 +78,7 @@ def row(phase: Phase, difference: Difference, concurrency: int, token_bytes: int
         "unequal_waves": difference.unequal_waves,
         "unequal_cached": difference.unequal_cached,
         "plugin_active": bool(hq and hq["active"]),
+        "gate": hq["gate"]["verdict"] if hq else None,
         "first_answer": answers[0].text,
     }
 
@@ -188,6 +189,7 @@ _BLOCKS: tuple[tuple[str, tuple[tuple[str, Callable[[Row], str]], ...]], ...] = 
             ("differing logprobs", _number("differing_logprobs")),
             ("largest difference", _number("max_logprob_diff", 4)),
             ("plugin active", lambda r: "yes" if r["plugin_active"] else "no"),
+            ("quality gate", lambda r: r["gate"] or "-"),
         ),
     ),
 )

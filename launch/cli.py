@@ -87,6 +87,9 @@ def ab(
         Optional[float],
         typer.Option("--hq-packed-fraction", help="Share of the KV budget for the packed tier, 0 to 1."),
     ] = None,
+    allow_ungated: Annotated[
+        bool, typer.Option("--hq-allow-ungated", help="Also run formats without a passed quality gate for the model.")
+    ] = False,
     json_path: Annotated[
         Optional[Path], typer.Option("--json", help="Also write one JSON object per arm and phase here.")
     ] = None,
@@ -106,9 +109,78 @@ def ab(
         output_tokens=output_tokens,
         pack=pack,
         packed_fraction=packed_fraction,
+        allow_ungated=allow_ungated,
         json_path=json_path,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def gate(
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
+    formats: Annotated[
+        Optional[str], typer.Option("--format", help="Comma-separated page or reference formats. Default: hq6.")
+    ] = None,
+    all_presets: Annotated[
+        bool, typer.Option("--all", help="All presets that lose bits; says which is the smallest that passes.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="5 of 13 texts, shorter prefixes: a first answer, no verdict for serving.")
+    ] = False,
+    prefix: Annotated[
+        Optional[str], typer.Option(help="Prefix lengths in tokens, comma-separated. Default: 512,1024,2048.")
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Decode steps after each prefix. Default: 32.")] = None,
+    windows: Annotated[
+        Optional[list[Path]], typer.Option(help="A text file of your own instead of the 13 texts; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    revision: Annotated[Optional[str], typer.Option(help="Of a model on the hub.")] = None,
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures here.")] = None,
+    record_dir: Annotated[
+        Optional[Path], typer.Option(help="Write records under this folder instead of the cache.")
+    ] = None,
+) -> None:
+    """Does a format keep the answers of a model? The server obeys the record that a full run writes.
+
+    Exit code 0: passed (every format given; with --all at least one). 3: measured and failed. Others: no verdict.
+
+    Example: sgl-hq gate --model MODEL --format hq6
+    """
+    from sgl_hq.launch.gate import run
+
+    try:
+        prefixes = [int(n) for n in prefix.split(",")] if prefix else None
+    except ValueError:
+        raise typer.BadParameter(f"{prefix!r} is no list of numbers: give for example 512,1024", param_hint="--prefix") from None
+    code = run(
+        model=model,
+        formats=[name.strip() for name in formats.split(",") if name.strip()] if formats else None,
+        all_presets=all_presets,
+        prefixes=prefixes,
+        steps=steps,
+        windows=windows,
+        quick=quick,
+        device=device,
+        revision=revision,
+        json_path=json_path,
+        record_dir=record_dir,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure once where a model needs bits; formats calib{bits}, for example calib4.75, are made from it.
+
+    Example: sgl-hq calibrate --model MODEL, then sgl-hq gate --model MODEL --format calib4.75
+    """
+    from sgl_hq.launch.calibrate import run
+
+    raise typer.Exit(run(model, device))
 
 
 @app.command("demo-model")

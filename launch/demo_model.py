@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -28,6 +27,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sgl_hq.config import cache_folder
 
 RECEIPT = "sgl_hq.json"
 CONVERTER_NEEDS = {"accelerate": "accelerate>=1.2", "gguf": "gguf>=0.17"}  # module -> requirement, as extra `demo`
@@ -82,13 +83,6 @@ MODELS: dict[str, DemoModel] = {
         1090,
     ),
 }
-
-
-def cache_folder() -> Path:
-    """$SGLANG_HQ_CACHE, else $XDG_CACHE_HOME/sgl_hq, else ~/.cache/sgl_hq. Not created here."""
-    if own := os.environ.get("SGLANG_HQ_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "sgl_hq"
 
 
 def model_folder(name: str) -> Path:

@@ -1,10 +1,10 @@
-"""The table of page formats: bits, bytes and what is known of their quality. Every number comes from the layouts."""
+"""The table of page formats: bits, bytes and whether they lose any. Every number comes from the layouts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sgl_hq.page_format import FORMATS
+from sgl_hq.page_format import FAMILY_GRAMMAR, FORMATS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,18 +12,12 @@ if TYPE_CHECKING:
 HEAD_DIMS = (64, 128)
 PREFIX_TOKENS = 1024
 
-# Known quality, by format. The measured ones: SmolLM2-135M-Instruct, stored prefix fake-quantised on a CPU, 49 trials
-# of 16 steps against all gate bounds.
-_QUALITY = {
-    "bf16": "keeps every bit",
-    "int8": "lossy; 49 of 49 strict trials pass on SmolLM2-135M",
-    "hq6": "lossy; 49 of 49 strict trials pass on SmolLM2-135M",
-}
 _NOTE = (
     f"Bits at a prefix of {PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
     "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
-    "'exact' is a serving mode that packs nothing, so it has no row. The quality facts come from an offline study and "
-    "hold for that model only; the quality gate that measures yours arrives later."
+    "A lossy format is served after it has passed on your model: sgl-hq gate --model MODEL --format FORMAT. "
+    f"hq6 to hq2 are points of a family: {FAMILY_GRAMMAR}; t = K per token, else per channel. "
+    "'exact' is a serving mode that packs nothing, so it has no row."
 )
 
 
@@ -35,16 +29,18 @@ def rows() -> list[dict[str, Any]]:
 
 def table() -> Table:
     """`rows()` for a terminal."""
+    from rich.markup import escape  # the grammar has square brackets
     from rich.table import Table
 
-    quality = "\n".join(f"{name}: {fact}" for name, fact in _QUALITY.items())
-    shown = Table(title="Page formats", caption=f"{quality}\n{_NOTE}", caption_justify="left")
+    shown = Table(title="Page formats", caption=escape(_NOTE), caption_justify="left")
     shown.add_column("format")
+    shown.add_column("loses\nbits")
     for column in ("head\ndim", "effective\nbits", "stored\nbits", "record\nbytes", "sink\nbytes", "bf16 /\nstored"):
         shown.add_column(column, justify="right")
     for row in rows():
         shown.add_row(
             row["format"],
+            "yes" if row["lossy"] else "no",
             str(row["head_dim"]),
             f"{row['effective_bits_per_dim']:.3f}",
             f"{row['stored_bits_per_value']:.3f}",
@@ -67,5 +63,5 @@ def _row(name: str, head_dim: int) -> dict[str, Any]:
         "record_bytes": layout.record_bytes,
         "sink_bytes": layout.sink_bytes,
         "ratio_to_bf16": FORMATS["bf16"].layout(head_dim, head_dim).stored_bits_per_value(PREFIX_TOKENS) / stored_bits,
-        "quality": _QUALITY[name],
+        "lossy": FORMATS[name].lossy,
     }

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_hq import preflight
-from sgl_hq.config import CPU_PLATFORM, ENV_OF_FIELD, EXACT, HQConfig, HQConfigError, from_env
+from sgl_hq.config import CPU_PLATFORM, ENV_OF_FIELD, EXACT, SWITCHES, HQConfig, HQConfigError, from_env
+from sgl_hq.gate import admission
 from sgl_hq.patches.probe import check_version
 
 
@@ -37,7 +38,8 @@ def resolve(args: list[str], environ: Mapping[str, str], has_gpu: bool) -> tuple
     """
     parser = argparse.ArgumentParser(prog="sgl-hq serve", add_help=False, allow_abbrev=False)
     for field in ENV_OF_FIELD:
-        parser.add_argument("--hq-" + field.replace("_", "-"), dest=field)
+        kind = {"action": "store_const", "const": "1"} if field in SWITCHES else {}
+        parser.add_argument("--hq-" + field.replace("_", "-"), dest=field, **kind)
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--device")
     parser.add_argument("--host", default="127.0.0.1")
@@ -63,6 +65,7 @@ def resolve(args: list[str], environ: Mapping[str, str], has_gpu: bool) -> tuple
         known.model_path = str(ensure_demo_model())
     preflight.check_model_path(known.model_path)
     preflight.check_port(known.host, known.port)
+    _check_gate(config, known.model_path, rest)
 
     argv = [*rest, "--model-path", known.model_path, "--host", known.host, "--port", str(known.port)]
     if known.device or on_cpu:
@@ -80,6 +83,17 @@ def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
         raise HQConfigError(f"SGLANG_PLATFORM={platform} makes SGLang skip this plugin: unset it, or use {CPU_PLATFORM} on a CPU")
     if plugins and "sgl_hq" not in [name.strip() for name in plugins.split(",")]:
         raise HQConfigError(f"SGLANG_PLUGINS={plugins} makes SGLang skip this plugin: add sgl_hq to it or unset it")
+
+
+def _check_gate(config: HQConfig, model: str, rest: list[str]) -> None:
+    """The same refusal as in the server (patches/server_args.py), before SGLang is imported. rest: SGLang's options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--revision")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--json-model-override-args", default="{}")
+    given, _ = parser.parse_known_args(rest)
+    state = admission.gate_state(config, model, given.revision, given.load_format, given.json_model_override_args)
+    admission.require(config, state)
 
 
 def _has_gpu() -> bool:

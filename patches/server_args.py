@@ -7,8 +7,8 @@ import os
 import sys
 
 from sgl_hq import compat, preflight
-from sgl_hq.config import ENV_OF_FIELD, PACK_POLICIES, SERVING_FORMATS, HQConfigError, from_env
-from sgl_hq.page_format import get_format
+from sgl_hq.config import ENV_OF_FIELD, PACK_POLICIES, SERVING_FORMATS, SWITCHES, HQConfigError, from_env
+from sgl_hq.gate import admission
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,7 @@ _HELP = {
     "pack": f"when a page is packed: {', '.join(PACK_POLICIES)} (default shared: when a second request uses it)",
     "packed_fraction": "share of the KV byte budget for packed pages, between 0 and 1 (default 0.5)",
     "page_size": "tokens per page, 64",
+    "allow_ungated": "serve a format that loses bits without a passed quality gate for this model (sgl-hq gate)",
 }
 
 
@@ -25,7 +26,8 @@ def add_flags(original, parser):
     original(parser)
     group = parser.add_argument_group("HypercubeQuant", "shared KV pages held packed (plugin sgl_hq)")
     for field, text in _HELP.items():
-        group.add_argument("--hq-" + field.replace("_", "-"), dest=f"hq_{field}", default=None, help=text)
+        kind = {"action": "store_const", "const": "1"} if field in SWITCHES else {}
+        group.add_argument("--hq-" + field.replace("_", "-"), dest=f"hq_{field}", default=None, help=text, **kind)
 
 
 def flags_to_env(original, cls, args):
@@ -58,6 +60,7 @@ def resolve(original, self):
             raise HQConfigError("--radix-cache-backend hq is set by sgl_hq itself: give --hq-format instead")
         return original(self)
     compat.check_flags(self, config)
+    model_path = self.model_path  # SGLang may replace it by a local copy
     self.radix_cache_backend = "hq"
     self.page_size = config.page_size
     original(self)
@@ -67,11 +70,12 @@ def resolve(original, self):
             f"--hq-format {config.format} runs on the CPU platform only in this version (device is {self.device}): "
             "set SGLANG_PLATFORM=sgl_hq_cpu and --device cpu, or use --hq-format exact"
         )
-    if config.packs and get_format(config.format).kind != "bf16":
-        logger.warning(
-            "sgl_hq: format %s loses bits and this version has no quality gate: compare answers on your model "
-            "(sgl-hq ab --model ... --arms vanilla,%s) before relying on it",
-            config.format, config.format,
-        )
+    gate = admission.gate_state(config, model_path, self.revision, self.load_format, self.json_model_override_args)
+    admission.require(config, gate)
+    if not gate.admits:
+        logger.warning("sgl_hq: serving without a passed quality gate, as asked for: %s", gate.reason)
+    # Both travel to the scheduler with these arguments, which SGLang has sealed for names without an underscore.
+    self._hq_gate = gate.describe()  # for `server_state`
+    self._hq_calibration = gate.calibration  # for `pool/codecs.py`
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Mapping
 
-from sgl_hq.page_format import FORMATS, PAGE_TOKENS
+from sgl_hq.page_format import CALIBRATED_GRAMMAR, FAMILY_GRAMMAR, FORMATS, PAGE_TOKENS, check_format_name
 
 EXACT = "exact"
 CPU_PLATFORM = "sgl_hq_cpu"  # value of SGLANG_PLATFORM that selects our CPU platform; the entry point's name
@@ -23,7 +24,10 @@ ENV_OF_FIELD = {
     "pack": "SGLANG_HQ_PACK",
     "packed_fraction": "SGLANG_HQ_PACKED_FRACTION",
     "page_size": "SGLANG_HQ_PAGE_SIZE",
+    "allow_ungated": "SGLANG_HQ_ALLOW_UNGATED",
 }
+SWITCHES = ("allow_ungated",)  # flags without a value; 1 or 0 in the environment
+_CACHE_VARIABLE = "SGLANG_HQ_CACHE"
 
 
 class HQConfigError(ValueError):
@@ -34,24 +38,29 @@ class HQConfigError(ValueError):
 class HQConfig:
     """Resolved options.
 
-    format: `exact` (no page is transformed) or a page format of `page_format.FORMATS`.
+    format: `exact` (no page is transformed) or a page format that `page_format.check_format_name` knows.
     pack: when a dense page is packed: `shared` (a second request uses it), `insert` (as soon as it is in
         the radix tree), `pressure` (only instead of being evicted).
     packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1; `exact` uses none of it.
     page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
+    allow_ungated: serve a format that loses bits without a passing record of the quality gate for this model.
     """
 
     format: str
     pack: str = "shared"
     packed_fraction: float = 0.5
     page_size: int = PAGE_TOKENS
+    allow_ungated: bool = False
 
     def __post_init__(self):
-        if self.format not in SERVING_FORMATS:
+        try:
+            if self.format != EXACT:
+                check_format_name(self.format)
+        except ValueError:
             raise HQConfigError(
                 f"unknown --hq-format {self.format!r}: choose one of {', '.join(SERVING_FORMATS)} "
-                "(`sgl-hq formats` explains them)"
-            )
+                f"(`sgl-hq formats` explains them), {FAMILY_GRAMMAR}, or {CALIBRATED_GRAMMAR}"
+            ) from None
         if self.pack not in PACK_POLICIES:
             raise HQConfigError(f"unknown --hq-pack {self.pack!r}: choose one of {', '.join(PACK_POLICIES)}")
         if not 0.0 < self.packed_fraction < 1.0:
@@ -71,10 +80,17 @@ class HQConfig:
 
     def describe(self) -> dict[str, str]:
         """Every resolved value, in the order a reader wants them."""
-        return {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: _text(getattr(self, f.name)) for f in fields(self)}
 
     def to_env(self) -> dict[str, str]:
-        return {ENV_OF_FIELD[f.name]: str(getattr(self, f.name)) for f in fields(self)}
+        return {ENV_OF_FIELD[f.name]: _text(getattr(self, f.name)) for f in fields(self)}
+
+
+def cache_folder() -> Path:
+    """Demo models and gate records: $SGLANG_HQ_CACHE, else $XDG_CACHE_HOME/sgl_hq, else ~/.cache/sgl_hq. Not created here."""
+    if own := os.environ.get(_CACHE_VARIABLE):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "sgl_hq"
 
 
 def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
@@ -85,7 +101,7 @@ def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
     """
     env = os.environ if env is None else env
     given = {field: env[name] for field, name in ENV_OF_FIELD.items() if env.get(name, "") != ""}
-    known = set(ENV_OF_FIELD.values()) | {"SGLANG_HQ_CACHE"}
+    known = set(ENV_OF_FIELD.values()) | {_CACHE_VARIABLE}
     unknown = sorted(name for name in env if name.startswith("SGLANG_HQ_") and name not in known)
     if unknown:
         raise HQConfigError(f"unknown environment variable {unknown[0]}: known are {', '.join(sorted(known))}")
@@ -109,4 +125,13 @@ def from_strings(given: Mapping[str, str]) -> HQConfig:
             except ValueError:
                 flag = "--hq-" + name.replace("_", "-")
                 raise HQConfigError(f"{flag} {given[name]!r} is not a number: give for example {example}") from None
+    for name in SWITCHES:
+        if name in values:
+            if given[name] not in ("0", "1"):
+                raise HQConfigError(f"{ENV_OF_FIELD[name]}={given[name]} is not understood: set it to 1 or unset it")
+            values[name] = given[name] == "1"
     return HQConfig(**values)
+
+
+def _text(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sgl_hq import __version__
-from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.page_format import PAGE_TOKENS, mean_stored_bits
 
 STATED_PREFIX_TOKENS = 1024  # prefix length at which a format's bits are quoted (formats.md)
 
@@ -23,6 +23,7 @@ def describe(scheduler) -> dict[str, Any]:
     free = allocator.available_size()
     state = {
         "active": True,
+        "gate": scheduler.server_args._hq_gate,
         "version": __version__,
         "format": config.format,
         "pack": config.pack,
@@ -49,8 +50,8 @@ def describe(scheduler) -> dict[str, Any]:
         },
     }
     if packed:
-        layout = packed.fmt.layout(pool.head_dim, pool.v_head_dim)
-        state["stored_bits_per_value"] = layout.stored_bits_per_value(STATED_PREFIX_TOKENS)
+        layouts = [codec.layout for codec in packed.codecs]
+        state["stored_bits_per_value"] = mean_stored_bits(layouts, STATED_PREFIX_TOKENS)
         state["packed"] = {
             "pages_total": packed.sizes.packed_pages,
             "pages_free": packed.pages_free,

@@ -28,10 +28,10 @@ def int8_scale(largest: torch.Tensor) -> torch.Tensor:
 def affine_error(scale: torch.Tensor, minimum: torch.Tensor, levels: int) -> torch.Tensor:
     """Half a stored step, since the codes cover the group, plus float32 rounding.
 
-    Pack: x - minimum (u), the quotient (u): 2 u * levels steps. Unpack: code * scale and the sum, u each of at most
-    |minimum| + levels * scale. In total below 4 u (|minimum| + levels * scale).
+    Pack: x - minimum, 1 / scale and their product, u each: 3 u * levels steps. Unpack: code * scale and the sum, u each
+    of at most |minimum| + levels * scale. In total at most 5 u (|minimum| + levels * scale).
     """
-    return 0.5 * scale + 4 * U * (minimum.abs() + levels * scale)
+    return 0.5 * scale + 5 * U * (minimum.abs() + levels * scale)
 
 
 def rotated_error(
@@ -83,3 +83,66 @@ def affine_scale(low: torch.Tensor, high: torch.Tensor, levels: int) -> torch.Te
     most, least = (high - low + 2 * low_step) / levels, (high - low) / levels
     spread = torch.cat([most.amax(-1, keepdim=True), least.amin(-1, keepdim=True)], -1)
     return most * (1 + 2.0**-20) + 2 * range_step(spread)
+
+
+# --- reference formats (sgl_hq/baselines): metadata is rounded to nearest float16, so codes need not cover the data ---
+U16 = 2.0**-11  # unit roundoff of float16
+TINY16 = 2.0**-25  # half of float16's smallest subnormal
+
+
+def float16_rounding(values: torch.Tensor) -> torch.Tensor:
+    """Largest error of one value stored as float16."""
+    return U16 * values.abs() + TINY16
+
+
+def symmetric16_error(largest: torch.Tensor, levels: int) -> torch.Tensor:
+    """Half a stored step: scale = largest / levels, rounded to float16. The end of the group moves by levels * U16 of a
+    step, less than half of one. The quotient and the product add u each of at most `levels` steps."""
+    scale = largest / levels
+    return 0.5 * (scale + float16_rounding(scale)) + levels * TINY16 + 2 * U * largest
+
+
+def affine16_error(
+    low: torch.Tensor, high: torch.Tensor, levels: int, low_error: torch.Tensor, scale_error: torch.Tensor
+) -> torch.Tensor:
+    """Of a group [low, high] whose stored minimum and scale are off by at most `low_error` and `scale_error`: half a
+    stored step, or what the codes fail to cover at an end of the group. Float32 adds as in `affine_error`."""
+    scale = (high - low) / levels
+    uncovered = low_error + levels * scale_error
+    return torch.maximum(0.5 * (scale + scale_error), uncovered) + 4 * U * (low.abs() + high.abs() + uncovered)
+
+
+def coded_metadata_error(values: torch.Tensor, levels: int) -> torch.Tensor:
+    """Of a scale or minimum `[H, T, G]` stored as nearest code of a float16 range over T: half a step of the range, or
+    what rounding base and step to float16 leaves uncovered at its ends."""
+    base, top = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    base_error = float16_rounding(base)
+    step = (top - base + base_error) / levels
+    step_error = float16_rounding(step)
+    return torch.maximum(0.5 * (step + step_error), base_error + levels * step_error) + 4 * U * (base.abs() + top.abs())
+
+
+def max_scaled_error(largest: torch.Tensor, widest_gap: float) -> torch.Tensor:
+    """Half the widest gap of a table that ends at +-1, times the stored maximum (which is off by U16, less than half a
+    gap, at the end of the table)."""
+    return (0.5 * widest_gap + U16 + 4 * U) * largest + TINY16
+
+
+def norm_scaled_error(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Of every coordinate of `[..., D]` whose unit vector is coded by the nearest of the rising `levels`: half the
+    widest gap times the norm, or the way to the outermost level times the norm. The stored norm (off by U16) divides
+    and multiplies, so only what multiplies a level moves by U16; float32 (4 u) is far below that."""
+    norm = x.norm(dim=-1, keepdim=True)
+    half_gap = 0.5 * (levels[1:] - levels[:-1]).max()
+    return torch.maximum(half_gap * norm, x.abs() - levels[-1] * norm) * (1 + U16) + U16 * norm * levels[-1] + TINY16
+
+
+def rounded_sum(rows: int) -> float:
+    """Relative rounding of a dot product of `rows` terms with entries off by u each: (rows + 1) u, of the sum of
+    magnitudes."""
+    return (rows + 1) * U
+
+
+def standard_error(samples: torch.Tensor, sigmas: float = 5.0) -> torch.Tensor:
+    """How far the mean over axis 0 of independent samples may lie from its expectation: 5 sigma is 6e-7 per mean."""
+    return sigmas * samples.std(0) / math.sqrt(samples.shape[0])

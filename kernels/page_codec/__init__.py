@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .reference import NonFiniteError, PageCodec
+from .errors import EscapeOverflowError, NonFiniteError, UnpackablePageError
+from .reference import PageCodec
 
-__all__ = ["NonFiniteError", "PageCodec"]
+__all__ = ["EscapeOverflowError", "NonFiniteError", "PageCodec", "UnpackablePageError"]

@@ -12,6 +12,7 @@ import torch
 from sgl_hq.page_format import plane_widths
 
 _EVERY_BYTE = 0x0101010101010101  # times a byte mask: eight codes in one int64
+_EVERY_16_BITS = 0x0001000100010001
 
 
 def pack_planes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
@@ -63,3 +64,19 @@ def unpack_planes(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
             )  # bits above `base` are still 0: no byte carries into the next
         base += width
     return codes.view(torch.uint8)
+
+
+def unpack_nibbles(plane: torch.Tensor, *, shift: int) -> torch.Tensor:
+    """A single 4-bit plane as 16-bit codes, each shifted left by `shift` (4 .. 12).
+
+    Args:
+        plane: `[..., n / 2] uint8`; n a multiple of 64.
+    Returns:
+        `[..., n] int16`, contiguous.
+    """
+    words = plane.to(torch.int16, memory_format=torch.contiguous_format).view(torch.int64)
+    codes = torch.empty((*words.shape[:-1], 2, words.shape[-1]), dtype=torch.int64, device=plane.device)
+    for slot in range(2):  # low nibbles, then high ones
+        torch.bitwise_left_shift(words, shift - 4 * slot, out=codes[..., slot, :])
+    codes &= (0xF << shift) * _EVERY_16_BITS
+    return codes.flatten(-2).view(torch.int16)

@@ -39,17 +39,20 @@ class Groups:
 
 def fit_groups(low: torch.Tensor, high: torch.Tensor, levels: int) -> Groups:
     """Groups whose code range [minimum, minimum + levels * scale] contains [low, high], both `[..., G]` and finite."""
-    low, high = low.double(), high.double()
+    low, high = low.double() + 0.0, high.double() + 0.0  # -0.0 becomes 0.0: which zero amin returns is anyone's guess
     min_codes, min_base, min_step, minimum = _fit_codes(low, round_up=False)
     # The scale is fitted to the *stored* minimum. The factor outweighs the rounding of this very line.
-    needed = (high - minimum.double()) / levels * (1 + 2.0**-40)
+    needed = (high - minimum.double()) * ((1 + 2.0**-40) / levels)
     scale_codes, scale_base, scale_step, _ = _fit_codes(needed, round_up=True)
     return Groups(scale_codes, min_codes, torch.cat([scale_base, scale_step, min_base, min_step], -1))
 
 
 def encode(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int) -> torch.Tensor:
-    """Nearest codes, `uint8`, of `values` (float32); `scale` and `minimum` broadcast. Scale 0 means constant."""
-    steps = (values - minimum) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    """Nearest codes, `uint8`, of `values` (float32); `scale` and `minimum` broadcast. Scale 0 means constant.
+
+    One division a group instead of one a value: a scale is 0 or at least 2**-126, so its reciprocal is finite.
+    """
+    steps = (values - minimum) * torch.where(scale > 0, scale, torch.ones_like(scale)).reciprocal()
     return steps.round_().clamp_(0, levels).to(torch.uint8)
 
 
@@ -71,9 +74,11 @@ def _fit_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes, base, step, decoded), where decoded >= wanted (round_up) or decoded <= wanted for every group."""
     base = -bf16_ceil(-wanted.amin(-1, keepdim=True))  # floor: code 0 is at or below every group
+    if round_up:  # scales only: none may be subnormal (`encode`)
+        base = torch.where(base < _TINY, torch.zeros_like(base), base)
     span = wanted.amax(-1, keepdim=True) - base.double()
-    step = step_ceil(span / _MAX_CODE * (1 + 2.0**-20))  # the last code is at or above every group
-    steps = (wanted - base.double()) / torch.where(step > 0, step, torch.ones_like(step)).double()
+    step = step_ceil(span * ((1 + 2.0**-20) / _MAX_CODE))  # the last code is at or above every group
+    steps = (wanted - base.double()) * torch.where(step > 0, step, torch.ones_like(step)).double().reciprocal()
     codes = steps.round().clamp_(0, _MAX_CODE)
 
     def decoded() -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-_TILE_TOKENS = 2048  # tokens rotated back at a time: 0.5 MiB of float32 codes at 64 channels stays in a core's L2
+_TILE_TOKENS = 2048  # tokens rotated at a time: 0.5 MiB of float32 at 64 channels stays in a core's L2
 
 
 def block_size(dim: int) -> int:
@@ -16,9 +16,26 @@ def block_size(dim: int) -> int:
 
 
 def rotate(v: torch.Tensor) -> torch.Tensor:
-    """`[..., Dv] bfloat16` to `[..., Dv] float32`, each token's channels rotated."""
+    """`[..., Dv] bfloat16` to `[..., Dv] float32`, each token's channels rotated.
+
+    A butterfly: every value is a sum in one fixed order of float32 additions (pairs 1, 2, 4, ... channels apart), then
+    one product. So every implementation gives the same bits (kernel_pack.py); a matrix product would not.
+    """
     dim = v.shape[-1]
-    return (v.float() @ sign_matrix(dim, v.device)).mul_(1 / math.sqrt(block_size(dim)))
+    out = torch.empty(v.shape, device=v.device)
+    values, rotated = v.reshape(-1, dim), out.view(-1, dim)
+    for start in range(0, len(values), _TILE_TOKENS):
+        part = slice(start, start + _TILE_TOKENS)
+        source = values[part].float().T.contiguous()  # [Dv, tokens]: every stage adds long rows
+        target = torch.empty_like(source)
+        for stage in range(block_size(dim).bit_length() - 1):
+            shape = (dim >> (stage + 1), 2, 1 << stage, -1)
+            (a, b), (plus, minus) = source.view(shape).unbind(1), target.view(shape).unbind(1)
+            torch.add(a, b, out=plus)
+            torch.sub(a, b, out=minus)
+            source, target = target, source
+        rotated[part] = source.mul_(1 / math.sqrt(block_size(dim))).T
+    return out
 
 
 def unrotate(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, *, out: torch.Tensor) -> None:
@@ -33,7 +50,7 @@ def unrotate(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, *,
     """
     dim, device = out.shape[-1], out.device
     root = math.sqrt(block_size(dim))
-    scale, minimum = (scale / root).reshape(-1, 1), (minimum * root).reshape(-1, 1)
+    scale, minimum = (scale * (1 / root)).reshape(-1, 1), (minimum * root).reshape(-1, 1)
     codes, tokens = codes.view(-1, dim), out.view(-1, dim)
     wide = torch.empty((min(_TILE_TOKENS, len(tokens)), dim), device=device)
     for start in range(0, len(tokens), _TILE_TOKENS):

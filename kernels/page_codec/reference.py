@@ -7,35 +7,42 @@ SGLang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from sgl_hq.page_format import PAGE_TOKENS, PageFormat, plane_widths
+from sgl_hq.page_format import PAGE_TOKENS, PageFormat, PageLayout
 
-from .bitplanes import pack_planes, unpack_planes
-from .groups import Groups, encode, fit_groups, step_ceil
-from .hadamard import rotate, unrotate
+from .affine import pack_affine, unpack_affine
+from .errors import MAX_MAGNITUDE, NonFiniteError
+from .groups import step_ceil
+from .lossless import pack_lossless, unpack_lossless
+from .record import get, put
+from .transform import Transform, pack_transformed, unpack_transformed
 
-MAX_MAGNITUDE = 2.0**112  # about 5e33: spans and sums over head_dim stay far inside float32 and bfloat16
 _INT8_LEVELS = 127
-_TILE_TOKENS = (
-    2048  # V tokens rotated at a time: 0.5 MiB of float32 codes at 64 channels, so a tile stays in a core's L2
-)
-
-
-class NonFiniteError(ValueError):
-    """A lossy format cannot hold these pages: NaN, infinity, or a magnitude above MAX_MAGNITUDE. Keep them dense."""
 
 
 class PageCodec:
-    """Packs and unpacks pages of one (format, head_dim, v_head_dim). Holds no tensors."""
+    """Packs and unpacks pages of one (format, head_dim, v_head_dim). Holds no tensors but `transform`.
 
-    def __init__(self, fmt: PageFormat, head_dim: int, v_head_dim: int | None = None) -> None:
+    transform: the layer's bases, for kind transform (ValueError without) and for no other. out_dtype: what `unpack` gives: float32 if the format is lossy, else bfloat16.
+    """
+
+    def __init__(
+        self, fmt: PageFormat, head_dim: int, v_head_dim: int | None = None, transform: Transform | None = None
+    ) -> None:
+        if (transform is not None) != (fmt.kind == "transform"):
+            raise ValueError(f"format {fmt.name} of kind {fmt.kind}: kind transform needs a transform, others take none")
         self.fmt = fmt
         self.layout = fmt.layout(head_dim, v_head_dim)
+        self.out_dtype = torch.float32 if fmt.lossy else torch.bfloat16
         self._pack_pages, self._unpack_pages = {
-            "bf16": (self._pack_bf16, self._unpack_bf16),
-            "int8": (self._pack_int8, self._unpack_int8),
-            "affine": (self._pack_affine, self._unpack_affine),
+            "bf16": (_pack_bf16, _unpack_bf16),
+            "lossless": (pack_lossless, unpack_lossless),
+            "int8": (_pack_int8, _unpack_int8),
+            "affine": (pack_affine, unpack_affine),
+            "transform": (_bind(pack_transformed, transform), _bind(unpack_transformed, transform)),
         }[fmt.kind]
 
     def pack(
@@ -51,8 +58,8 @@ class PageCodec:
             records `[P, H, record_bytes] uint8`, alignment gaps zero;
             sink `[H, sink_bytes] uint8`, or None without `first_has_sink` or in a format without sinks.
         Raises:
-            ValueError: wrong shape, dtype or device. NonFiniteError: see there (sink tokens may hold anything; bf16
-            pages too).
+            ValueError: wrong shape, dtype or device. UnpackablePageError: values that the format cannot hold
+            (errors.py; sink tokens may hold anything).
         """
         pages, heads = self._check_dense(k, v)
         sink_tokens = self.fmt.sink_tokens if first_has_sink else 0
@@ -64,11 +71,12 @@ class PageCodec:
             k, v = k.clone(), v.clone()
             for side in (k, v):  # a copy of the first packed token adds nothing to any minimum or maximum
                 side[0, :sink_tokens] = side[0, sink_tokens]
-        if self.fmt.kind != "bf16":
+        if self.fmt.lossy:
             _check_magnitude(k, v)
         records = torch.zeros((pages, heads, self.layout.record_bytes), dtype=torch.uint8, device=k.device)
         if pages and heads:
-            self._pack_pages(records, k.transpose(1, 2), v.transpose(1, 2), sink_tokens)
+            sinks = {"sink_tokens": sink_tokens} if sink_tokens else {}  # known to the kinds with sinks only
+            self._pack_pages(self.layout, records, k.transpose(1, 2), v.transpose(1, 2), **sinks)
         return records, sink
 
     def unpack(
@@ -86,95 +94,25 @@ class PageCodec:
             out: (k, v) to fill and return, contiguous, of the shapes and dtype below. On a CPU this saves the page
                 faults of fresh memory.
         Returns:
-            k `[H, P * 64, D]`, v `[H, P * 64, Dv]`, contiguous; bfloat16 for kind bf16 (every bit kept), else float32.
+            k `[H, P * 64, D]`, v `[H, P * 64, Dv]`, contiguous, of `out_dtype`.
         Raises:
             ValueError: wrong shape, dtype or device, or a sink for a format without sinks.
         """
         pages, heads = self._check_records(records, sink)
-        dtype = torch.bfloat16 if self.fmt.kind == "bf16" else torch.float32
         shapes = [(heads, pages * PAGE_TOKENS, dim) for dim in (self.layout.head_dim, self.layout.v_head_dim)]
         if out is None:
-            k, v = (torch.empty(shape, dtype=dtype, device=records.device) for shape in shapes)
+            k, v = (torch.empty(shape, dtype=self.out_dtype, device=records.device) for shape in shapes)
         else:
             k, v = out
-            _check_out(out, shapes, dtype, records.device)
+            _check_out(out, shapes, self.out_dtype, records.device)
         if pages and heads:
             by_page = [side.unflatten(1, (pages, PAGE_TOKENS)) for side in (k, v)]
-            self._unpack_pages(_word_aligned(records).transpose(0, 1), *by_page)
+            self._unpack_pages(self.layout, _word_aligned(records).transpose(0, 1), *by_page)
         if sink is not None:
             for side, field in zip((k, v), self.layout.sink_fields, strict=True):
                 exact = sink[:, field.offset : field.end].contiguous().view(torch.bfloat16)
                 side[:, : self.fmt.sink_tokens] = exact.unflatten(-1, (self.fmt.sink_tokens, -1))
         return k, v
-
-    # In all methods below: records `[P, H, record_bytes]` when packing, `[H, P, record_bytes]` when unpacking;
-    # k `[P, H, 64, D]`, v `[P, H, 64, Dv]` when packing; k `[H, P, 64, D]`, v `[H, P, 64, Dv]`, to be filled, when
-    # unpacking.
-
-    def _pack_bf16(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_tokens: int) -> None:
-        self._put(records, "k", k)
-        self._put(records, "v", v)
-
-    def _unpack_bf16(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        for name, out in (("k", k), ("v", v)):  # as integers: no NaN can be touched
-            out.view(torch.int16).flatten(2).copy_(self._get(records, name, torch.int16))
-
-    def _pack_int8(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_tokens: int) -> None:
-        for side, values in (("k", k.float()), ("v", v.float())):
-            scale = step_ceil(values.abs().amax(-1).double() / _INT8_LEVELS)
-            steps = values / torch.where(scale > 0, scale, torch.ones_like(scale)).float().unsqueeze(-1)
-            self._put(records, f"{side}_codes", steps.round_().clamp_(-_INT8_LEVELS, _INT8_LEVELS).to(torch.int8))
-            self._put(records, f"{side}_scale", scale)
-
-    def _unpack_int8(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        for side, out in (("k", k), ("v", v)):
-            out.flatten(2).copy_(self._get(records, f"{side}_codes", torch.int8))
-            out *= self._get(records, f"{side}_scale", torch.bfloat16).float().unsqueeze(-1)
-
-    def _pack_affine(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_tokens: int) -> None:
-        over_tokens, over_channels = 2, 3
-        sides = (("k", k.float(), self.fmt.k_bits, over_tokens), ("v", rotate(v), self.fmt.v_bits, over_channels))
-        ranges = []
-        for side, values, bits, over in sides:
-            levels = 2**bits - 1
-            groups = fit_groups(values.amin(over), values.amax(over), levels)
-            scale, minimum = groups.decode()
-            codes = encode(values, scale.unsqueeze(over), minimum.unsqueeze(over), levels)
-            codes[:1, :, :sink_tokens] = 0
-            for width, plane in zip(plane_widths(bits), pack_planes(codes.flatten(2), bits), strict=True):
-                self._put(records, f"{side}_plane{width}", plane)
-            self._put(records, f"{side}_scale", groups.scale_codes)
-            self._put(records, f"{side}_min", groups.min_codes)
-            ranges.append(groups.ranges)
-        self._put(records, "ranges", torch.cat(ranges, -1))
-
-    def _unpack_affine(self, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        scale, minimum = self._groups(records, "k").decode()
-        k.flatten(2).copy_(self._codes(records, "k"))
-        torch.addcmul(minimum.unsqueeze(2), k, scale.unsqueeze(2), out=k)  # [H, P, 1, D] over the page's tokens
-
-        unrotate(self._codes(records, "v"), *self._groups(records, "v").decode(), out=v)
-
-    def _groups(self, records: torch.Tensor, side: str) -> Groups:
-        ranges = self._get(records, "ranges", torch.bfloat16)
-        return Groups(
-            self._get(records, f"{side}_scale", torch.uint8),
-            self._get(records, f"{side}_min", torch.uint8),
-            ranges[..., :4] if side == "k" else ranges[..., 4:],
-        )
-
-    def _codes(self, records: torch.Tensor, side: str) -> torch.Tensor:
-        bits = self.fmt.k_bits if side == "k" else self.fmt.v_bits
-        names = [f"{side}_plane{width}" for width in plane_widths(bits)]
-        return unpack_planes([self._get(records, name, torch.uint8) for name in names], bits)
-
-    def _put(self, records: torch.Tensor, name: str, values: torch.Tensor) -> None:
-        field = self.layout[name]
-        records[..., field.offset : field.end] = values.contiguous().flatten(2).view(torch.uint8)
-
-    def _get(self, records: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        field = self.layout[name]
-        return records[..., field.offset : field.end].view(dtype)
 
     def _pack_sink(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`[H, sink_bytes] uint8` of the first tokens of page 0."""
@@ -219,6 +157,38 @@ class PageCodec:
                 f"expected {expected} torch.uint8 on {records.device}"
             )
         return pages, heads
+
+
+def _bind(function: Callable[..., None], transform: Transform | None) -> Callable[..., None]:
+    return lambda layout, *tensors, **sinks: function(layout, transform, *tensors, **sinks)
+
+
+# Records are `[P, H, record_bytes]`, k `[P, H, 64, D]` and v `[P, H, 64, Dv]` when packing; records
+# `[H, P, record_bytes]`, k `[H, P, 64, D]` and v `[H, P, 64, Dv]`, contiguous and to be filled, when unpacking.
+
+
+def _pack_bf16(layout: PageLayout, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    put(records, layout["k"], k)
+    put(records, layout["v"], v)
+
+
+def _unpack_bf16(layout: PageLayout, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, out in (("k", k), ("v", v)):  # as integers: no NaN can be touched
+        out.view(torch.int16).flatten(2).copy_(get(records, layout[name], torch.int16))
+
+
+def _pack_int8(layout: PageLayout, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for side, values in (("k", k.float()), ("v", v.float())):
+        scale = step_ceil(values.abs().amax(-1).double() / _INT8_LEVELS)
+        steps = values / torch.where(scale > 0, scale, torch.ones_like(scale)).float().unsqueeze(-1)
+        put(records, layout[f"{side}_codes"], steps.round_().clamp_(-_INT8_LEVELS, _INT8_LEVELS).to(torch.int8))
+        put(records, layout[f"{side}_scale"], scale)
+
+
+def _unpack_int8(layout: PageLayout, records: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for side, out in (("k", k), ("v", v)):
+        out.flatten(2).copy_(get(records, layout[f"{side}_codes"], torch.int8))
+        out *= get(records, layout[f"{side}_scale"], torch.bfloat16).float().unsqueeze(-1)
 
 
 def _check_magnitude(k: torch.Tensor, v: torch.Tensor) -> None:

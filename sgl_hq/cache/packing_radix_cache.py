@@ -30,7 +30,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
 from sgl_hq.cache import pack_policy
 from sgl_hq.cache.live_requests import LiveRequests
-from sgl_hq.kernels.page_codec import NonFiniteError
+from sgl_hq.kernels.page_codec import UnpackablePageError
 from sgl_hq.metrics import PackedTierGauges
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
@@ -44,7 +44,7 @@ class PackCounters:
     pages_packed: int = 0
     pages_dropped: int = 0
     refused_no_room: int = 0
-    refused_non_finite: int = 0
+    refused_unpackable: int = 0
 
 
 class PackingRadixCache(RadixCache):
@@ -62,7 +62,7 @@ class PackingRadixCache(RadixCache):
         super().reset()
         self._pages_of: dict[int, array] = {}  # node id -> packed page ids, int32; absent = dense
         self._users_of: dict[int, tuple[str, ...]] = {}
-        self._unpackable: set[int] = set()  # node ids whose values a lossy format cannot hold
+        self._unpackable: set[int] = set()  # node ids whose values the format cannot hold
         self._inserted: TreeNode | None = None
         self.live.clear()
         self.epoch += 1
@@ -124,9 +124,9 @@ class PackingRadixCache(RadixCache):
         dense_slots = node.value
         try:
             pages = self._pool.pack_pages(dense_slots, starts_sequence)
-        except NonFiniteError:
+        except UnpackablePageError:
             self._unpackable.add(node.id)
-            self.counters.refused_non_finite += 1
+            self.counters.refused_unpackable += 1
             return False
         if node.lock_ref:
             self.protected_size_ -= len(node.key)

@@ -7,11 +7,12 @@ once and never re-quantised; it leaves the tier only by `free`.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import torch
 
 from sgl_hq.kernels.page_codec import PageCodec
-from sgl_hq.page_format import PAGE_TOKENS, PageFormat
+from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.sizing import KVShape, TierSizes
 
 NO_SINK = -1
@@ -20,20 +21,20 @@ NO_SINK = -1
 class PackedTier:
     """`packed_pages` page records and `sinks` sink slots per layer.
 
-    records: [layers, pages, kv_heads, record_bytes] uint8; sink_slots: [layers, sinks, kv_heads, sink_bytes] uint8.
+    codecs: one per layer; they differ in the widths of their codes only. records[layer]: [pages, kv_heads, record_bytes]
+    uint8; sink_slots[layer]: [sinks, kv_heads, sink_bytes] uint8.
     """
 
-    def __init__(self, fmt: PageFormat, shape: KVShape, sizes: TierSizes, device: str):
-        layout = fmt.layout(shape.head_dim, shape.v_head_dim)
-        self.fmt, self.shape, self.sizes = fmt, shape, sizes
-        self.codec = PageCodec(fmt, shape.head_dim, shape.v_head_dim)
-        self.records = torch.zeros(
-            (shape.layers, sizes.packed_pages, shape.kv_heads, layout.record_bytes), dtype=torch.uint8, device=device
-        )
-        self.sink_slots = torch.zeros(
-            (shape.layers, sizes.sinks, shape.kv_heads, layout.sink_bytes), dtype=torch.uint8, device=device
-        )
-        self._k_buffer = self._v_buffer = torch.empty(0, dtype=torch.uint8, device=device)  # grown by the first read
+    def __init__(self, codecs: Sequence[PageCodec], shape: KVShape, sizes: TierSizes, device: str):
+        self.codecs, self.shape, self.sizes = list(codecs), shape, sizes
+        self.sink_tokens = codecs[0].fmt.sink_tokens
+
+        def arena(slots: int, slot_bytes: int) -> torch.Tensor:
+            return torch.zeros((slots, shape.kv_heads, slot_bytes), dtype=torch.uint8, device=device)
+
+        self.records = [arena(sizes.packed_pages, codec.layout.record_bytes) for codec in codecs]
+        self.sink_slots = [arena(sizes.sinks, codec.layout.sink_bytes) for codec in codecs]
+        self._k_buffer = self._v_buffer = torch.empty(0, device=device)  # grown by the first read
         self.clear()
 
     def clear(self) -> None:
@@ -59,15 +60,15 @@ class PackedTier:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers and heads."""
-        return self.records[:, :1].nbytes
+        return sum(layer[:1].nbytes for layer in self.records)
 
     @property
     def sink_bytes(self) -> int:
-        return self.sink_slots[:, :1].nbytes
+        return sum(layer[:1].nbytes for layer in self.sink_slots)
 
     @property
     def bytes_allocated(self) -> int:
-        return self.records.nbytes + self.sink_slots.nbytes
+        return sum(layer.nbytes for layer in (*self.records, *self.sink_slots))
 
     @property
     def bytes_used(self) -> int:
@@ -79,7 +80,7 @@ class PackedTier:
         return sum(a.buffer_info()[1] * a.itemsize for a in (self._free_pages, self._free_sinks, self._sink_of_page))
 
     def has_room(self, pages: int, needs_sink: bool) -> bool:
-        return pages <= self.pages_free and not (needs_sink and self.fmt.sink_tokens and not self.sinks_free)
+        return pages <= self.pages_free and not (needs_sink and self.sink_tokens and not self.sinks_free)
 
     def check_books(self, owned: list[int]) -> None:
         """`owned`: every page id that radix nodes hold. Raises AssertionError unless free + owned = all, each once."""
@@ -98,23 +99,23 @@ class PackedTier:
 
         k_layers, v_layers: per layer [dense slots, kv_heads, head_dim] bf16; dense_slots: [n_pages * 64] int64.
         starts_sequence: the first page holds the first tokens of a sequence, whose sinks stay bf16.
-        Caller checks `has_room`. Raises NonFiniteError (nothing is kept then) if a lossy format meets NaN or inf.
+        Caller checks `has_room`. Raises UnpackablePageError (nothing is kept then) if the format cannot hold the values.
         """
         n_pages = len(dense_slots) // PAGE_TOKENS
-        needs_sink = starts_sequence and self.fmt.sink_tokens > 0
+        needs_sink = starts_sequence and self.sink_tokens > 0
         assert self.has_room(n_pages, needs_sink), "packed tier is full: caller must check has_room first"
         pages = [self._free_pages.pop() for _ in range(n_pages)]
         if needs_sink:
             self._sink_of_page[pages[0]] = self._free_sinks.pop()
         try:
-            where = torch.tensor(pages, dtype=torch.int64, device=self.records.device)
+            where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
             for layer, (k, v) in enumerate(zip(k_layers, v_layers)):
                 k_pages = k[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
                 v_pages = v[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
-                records, sink = self.codec.pack(k_pages, v_pages, first_has_sink=needs_sink)
-                self.records[layer, where] = records
+                records, sink = self.codecs[layer].pack(k_pages, v_pages, first_has_sink=needs_sink)
+                self.records[layer][where] = records
                 if needs_sink:
-                    self.sink_slots[layer, self._sink_of_page[pages[0]]] = sink
+                    self.sink_slots[layer][self._sink_of_page[pages[0]]] = sink
         except Exception:
             self.free(pages)
             raise
@@ -124,20 +125,20 @@ class PackedTier:
         """K and V of a run of pages of one layer, unpacked.
 
         pages: [n] int64 page ids on the arena's device; first_page: pages[0] as an int (its sink is looked up).
-        Returns k [kv_heads, n * 64, head_dim], v [kv_heads, n * 64, v_head_dim]; bf16 for `bf16`, else float32. Both are
+        Returns k [kv_heads, n * 64, head_dim], v [kv_heads, n * 64, v_head_dim]; of the codec's `out_dtype`. Both are
         views of a buffer that the next `read` overwrites: fresh memory for each of them cost more than the unpacking.
         """
         sink_slot = self._sink_of_page[first_page]
-        sink = None if sink_slot == NO_SINK else self.sink_slots[layer, sink_slot]
-        return self.codec.unpack(self.records[layer].index_select(0, pages), sink, out=self._buffers(len(pages)))
+        sink = None if sink_slot == NO_SINK else self.sink_slots[layer][sink_slot]
+        return self.codecs[layer].unpack(self.records[layer].index_select(0, pages), sink, out=self._buffers(len(pages)))
 
     def _buffers(self, n_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Contiguous K and V outputs of `read` for `n_pages`."""
         rows = self.shape.kv_heads * n_pages * PAGE_TOKENS
         sizes = (rows * self.shape.head_dim, rows * self.shape.v_head_dim)
         if self._k_buffer.numel() < sizes[0]:
-            dtype = torch.bfloat16 if self.fmt.kind == "bf16" else torch.float32
-            self._k_buffer, self._v_buffer = (torch.empty(n, dtype=dtype, device=self.records.device) for n in sizes)
+            dtype, device = self.codecs[0].out_dtype, self.records[0].device
+            self._k_buffer, self._v_buffer = (torch.empty(n, dtype=dtype, device=device) for n in sizes)
         k, v = self._k_buffer[: sizes[0]], self._v_buffer[: sizes[1]]
         heads = self.shape.kv_heads
         return k.view(heads, -1, self.shape.head_dim), v.view(heads, -1, self.shape.v_head_dim)

@@ -8,7 +8,7 @@ from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator,
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sgl_hq.config import HQConfig
-from sgl_hq.page_format import get_format
+from sgl_hq.pool.codecs import codecs_of_server
 from sgl_hq.pool.sizing import KVShape, split_budget
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         limit = get_schedule().max_total_tokens
         budget = available_bytes if limit is None else min(available_bytes, limit * self._shape.dense_bytes_per_token)
-        sizes = split_budget(budget, self._config.packed_fraction, get_format(self._config.format), self._shape)
+        layouts = [codec.layout for codec in codecs_of_server(self._config, self._shape, "cpu")]
+        sizes = split_budget(budget, self._config.packed_fraction, layouts, self._shape)
         logger.info(
             "sgl_hq: KV budget %.1f MiB = dense tier of %d tokens + packed tier of %d pages (%d tokens) in format %s",
             budget / 2**20, sizes.dense_tokens, sizes.packed_pages, sizes.packed_pages * page_size, self._config.format,

@@ -6,9 +6,10 @@ dense size alone (kv_cache_configurator.py `_build_oot_mha_kv_pool`), derives th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgl_hq.page_format import PAGE_TOKENS, PageFormat
+from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
 # One sink slot (the bf16 K and V of the first tokens of a sequence) per this many packed pages: prefixes shorter
 # than 8 pages (512 tokens) on average run out of sinks before pages, and then stay dense.
@@ -38,24 +39,24 @@ class TierSizes:
     sinks: int
 
 
-def packed_page_bytes(fmt: PageFormat, shape: KVShape) -> int:
-    """Bytes of one packed page over all layers and kv heads."""
-    return fmt.layout(shape.head_dim, shape.v_head_dim).record_bytes * shape.layers * shape.kv_heads
+def packed_page_bytes(layouts: Sequence[PageLayout], shape: KVShape) -> int:
+    """Bytes of one packed page over all layers and kv heads. layouts: one per layer."""
+    return sum(layout.record_bytes for layout in layouts) * shape.kv_heads
 
 
-def sink_slot_bytes(fmt: PageFormat, shape: KVShape) -> int:
+def sink_slot_bytes(layouts: Sequence[PageLayout], shape: KVShape) -> int:
     """Bytes of one sink slot over all layers and kv heads."""
-    return fmt.layout(shape.head_dim, shape.v_head_dim).sink_bytes * shape.layers * shape.kv_heads
+    return sum(layout.sink_bytes for layout in layouts) * shape.kv_heads
 
 
-def split_budget(budget_bytes: int, packed_fraction: float, fmt: PageFormat, shape: KVShape) -> TierSizes:
+def split_budget(budget_bytes: int, packed_fraction: float, layouts: Sequence[PageLayout], shape: KVShape) -> TierSizes:
     """Tiers that fit into `budget_bytes`, `packed_fraction` of it packed.
 
     Raises ValueError when the budget does not hold one page in each tier.
     """
     page_bytes = PAGE_TOKENS * shape.dense_bytes_per_token
     dense_pages = int(budget_bytes * (1.0 - packed_fraction)) // page_bytes
-    sizes = tiers_of_dense(dense_pages * PAGE_TOKENS, packed_fraction, fmt, shape)
+    sizes = tiers_of_dense(dense_pages * PAGE_TOKENS, packed_fraction, layouts, shape)
     if not dense_pages or not sizes.packed_pages:
         raise ValueError(
             f"a KV budget of {budget_bytes / 2**20:.1f} MiB with packed fraction {packed_fraction:g} does not hold one page "
@@ -64,11 +65,11 @@ def split_budget(budget_bytes: int, packed_fraction: float, fmt: PageFormat, sha
     return sizes
 
 
-def tiers_of_dense(dense_tokens: int, packed_fraction: float, fmt: PageFormat, shape: KVShape) -> TierSizes:
+def tiers_of_dense(dense_tokens: int, packed_fraction: float, layouts: Sequence[PageLayout], shape: KVShape) -> TierSizes:
     """The packed tier that goes with `dense_tokens`: same fraction of bytes, rounded down."""
     dense_bytes = dense_tokens * shape.dense_bytes_per_token
     packed_bytes = int(dense_bytes * packed_fraction / (1.0 - packed_fraction))
-    page, sink = packed_page_bytes(fmt, shape), sink_slot_bytes(fmt, shape)
+    page, sink = packed_page_bytes(layouts, shape), sink_slot_bytes(layouts, shape)
     pages = packed_bytes // page
     if not sink:
         return TierSizes(dense_tokens, pages, 0)

@@ -11,7 +11,8 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sgl_hq.config import HQConfig, HQConfigError, from_env
-from sgl_hq.page_format import PAGE_TOKENS, get_format
+from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.pool.codecs import codecs_of_server
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.pool.sizing import KVShape, tiers_of_dense
 
@@ -34,9 +35,10 @@ class HQTokenToKVPool(MHATokenToKVPool):
                     f"the KV cache dtype is {self.dtype}: packed pages are made from bfloat16, "
                     "start with --dtype bfloat16 --kv-cache-dtype auto"
                 )
-            fmt = get_format(self.config.format)
-            sizes = tiers_of_dense(self.size, self.config.packed_fraction, fmt, self.shape)
-            self.packed = PackedTier(fmt, self.shape, sizes, self.device)
+            codecs = codecs_of_server(self.config, self.shape, self.device)
+            layouts = [codec.layout for codec in codecs]
+            sizes = tiers_of_dense(self.size, self.config.packed_fraction, layouts, self.shape)
+            self.packed = PackedTier(codecs, self.shape, sizes, self.device)
 
     @property
     def packed_base(self) -> int:

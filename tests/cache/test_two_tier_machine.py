@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sgl_hq.config import HQConfig
-from sgl_hq.kernels.page_codec import NonFiniteError
+from sgl_hq.kernels.page_codec import EscapeOverflowError, NonFiniteError
 from sgl_hq.page_format import PAGE_TOKENS as P
 
 ROWS, DENSE_PAGES, MAX_TOKENS = 8, 24, 12 * P
@@ -309,18 +309,19 @@ def test_the_machine_catches_a_mutant(mutate, monkeypatch):
         run_state_machine_as_test(TwoTierMachine, settings=quick)
 
 
-def test_values_a_lossy_format_cannot_hold_stay_dense(monkeypatch):
+@pytest.mark.parametrize("reason", [NonFiniteError("NaN"), EscapeOverflowError("too many")], ids=repr)
+def test_values_the_format_cannot_hold_stay_dense(monkeypatch, reason):
     from sgl_hq.cache.packing_radix_cache import PackingRadixCache
 
     machine = TwoTierMachine()
     machine.start(pack="insert", packed_fraction=0.5)
 
     def refuse(*_args, **_kwargs):
-        raise NonFiniteError("NaN")
+        raise reason
 
     monkeypatch.setattr(machine.pool, "pack_pages", refuse)
     machine.arrive(family=0, shared_pages=3, own=5, salt=0)
-    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused_non_finite == 1
+    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused_unpackable == 1
     assert machine.pool.packed.pages_used == 0
     machine.every_request_reads_its_own_tokens()
     machine.teardown()

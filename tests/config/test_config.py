@@ -12,8 +12,8 @@ def test_nothing_asked_for_means_inactive():
 
 
 def test_environment_round_trip():
-    config = HQConfig("hq6", "insert", 0.25)
-    assert from_env(config.to_env()) == config
+    for config in (HQConfig("hq6", "insert", 0.25), HQConfig("hq6", allow_ungated=True)):
+        assert from_env(config.to_env()) == config
     assert from_env({"SGLANG_HQ_FORMAT": "int8"}) == HQConfig("int8", "shared", 0.5, 64)
 
 
@@ -21,6 +21,8 @@ def test_environment_round_trip():
     "env, reason",
     [
         ({"SGLANG_HQ_FORMAT": "hq66"}, "unknown --hq-format 'hq66': choose one of exact, bf16"),
+        ({"SGLANG_HQ_FORMAT": "sink64-K6V5"}, r"unknown --hq-format 'sink64-K6V5'.*with n in 1\.\.63"),
+        ({"SGLANG_HQ_FORMAT": "K6V9"}, "unknown --hq-format 'K6V9'.*k, v in 2..8, for example sink4-K5V4"),
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACK": "always"}, "choose one of shared, insert, pressure"),
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "0"}, "between 0 and 1"),
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "1.5"}, "between 0 and 1"),
@@ -28,12 +30,19 @@ def test_environment_round_trip():
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PACKED_FRACTION": "half"}, "is not a number"),
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PAGE_SIZE": "48"}, "use 64"),
         ({"SGLANG_HQ_PACK": "insert"}, "add --hq-format"),
+        ({"SGLANG_HQ_ALLOW_UNGATED": "1"}, "add --hq-format"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_ALLOW_UNGATED": "maybe"}, "set it to 1 or unset it"),
         ({"SGLANG_HQ_FROMAT": "hq6"}, "unknown environment variable SGLANG_HQ_FROMAT"),
     ],
 )
 def test_bad_options_are_refused(env, reason):
     with pytest.raises(HQConfigError, match=reason):
         from_env(env)
+
+
+@pytest.mark.parametrize("name", ["lossless", "hq2", "K6tV5", "sink63-K2V8"])
+def test_presets_and_family_names_are_formats(name):
+    assert from_env({"SGLANG_HQ_FORMAT": name}) == HQConfig(name)
 
 
 def test_exact_packs_nothing():

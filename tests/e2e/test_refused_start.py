@@ -86,6 +86,18 @@ def test_an_unsupported_combination(model):
     _expect(process, "HiCache cannot be combined", "drop --enable-hierarchical-cache")
 
 
+def test_a_lossy_format_without_a_gate_record(model, tmp_path):
+    """Neither way in serves what nobody has measured; the sentence is the command to run."""
+    for command in (SERVE, LAUNCH):
+        process = _run([*command, "--model-path", str(model), *MARK, "--hq-format", "K2V2"], env={"SGLANG_HQ_CACHE": str(tmp_path)})
+        _expect(process, "no valid quality gate record", f"sgl-hq gate --model {model} --format K2V2", "--hq-allow-ungated")
+
+
+def test_random_weights_cannot_have_passed_a_gate(model):
+    process = _run([*LAUNCH, "--model-path", str(model), "--load-format", "dummy", *MARK, "--hq-format", "hq6"])
+    _expect(process, "--load-format dummy serves random weights", "--hq-allow-ungated")
+
+
 def test_a_model_with_a_sliding_window(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024}

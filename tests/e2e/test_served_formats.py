@@ -12,6 +12,8 @@ import openai
 import pydoc_data.topics
 import pytest
 
+from sgl_hq.config import HQConfig
+from sgl_hq.gate.admission import gate_state
 from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.page_format import get_format
 
@@ -58,8 +60,8 @@ CASES = [
     # bf16 stores the same bits, but sums in another order: 2**-8 relative on logits of size ~20.
     # int8 and hq6: KL .0002 and .0005 on this model (formats.md), about the square of the mean difference: .015 and .025.
     ("bf16", "sgl-hq serve", ["--hq-format", "bf16"], {}, 0.08),
-    ("int8", "sglang serve", [], {"SGLANG_HQ_FORMAT": "int8", "SGLANG_HQ_PACK": "insert"}, 0.08),
-    ("hq6", "python -m sglang.launch_server", ["--hq-format", "hq6", "--hq-packed-fraction", "0.4"], {}, 0.10),
+    ("int8", "sglang serve", [], {"SGLANG_HQ_FORMAT": "int8", "SGLANG_HQ_PACK": "insert", "SGLANG_HQ_ALLOW_UNGATED": "1"}, 0.08),
+    ("hq6", "python -m sglang.launch_server", ["--hq-format", "hq6", "--hq-packed-fraction", "0.4", "--hq-allow-ungated"], {}, 0.10),
 ]
 
 
@@ -72,6 +74,7 @@ def test_shared_pages_are_packed_and_answers_hold(model, vanilla_answers, fmt, w
         state = _state(server)
 
     assert (state["active"], state["format"]) == (True, fmt)
+    assert state["gate"] == gate_state(HQConfig(fmt), str(model)).describe()
     prefix_pages = answers[1].usage.prompt_tokens_details.cached_tokens // 64
     assert prefix_pages >= 6, "the questions share a prefix of several pages"
     if env.get("SGLANG_HQ_PACK") == "insert":
@@ -97,6 +100,8 @@ def test_shared_pages_are_packed_and_answers_hold(model, vanilla_answers, fmt, w
         assert differences > 0, "a lossy format that changes nothing was not used"
 
 
+UNGATED = "sink2-K7V7"  # no record of it is shipped
+
 ENGINE = """
 import json, sys
 import sglang as sgl
@@ -115,12 +120,13 @@ if __name__ == "__main__":
 def test_sgl_engine_with_the_environment_alone(model, tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    env = os.environ | {"SGLANG_HQ_FORMAT": "hq6", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"SGLANG_HQ_FORMAT": UNGATED, "SGLANG_HQ_ALLOW_UNGATED": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, str(script), str(model)], env=env, capture_output=True, text=True, timeout=300)
     lines = [line for line in run.stdout.splitlines() if line.startswith("STATE ")]
     assert lines, run.stderr[-3000:]
     state = json.loads(lines[0][6:])
-    assert state["format"] == "hq6" and state["packed"]["pages_used"] == 4
+    assert state["format"] == UNGATED and state["packed"]["pages_used"] == 4
+    assert state["gate"]["verdict"] == "ungated" and f"--format {UNGATED}" in state["gate"]["reason"]
 
 
 def test_sgl_engine_refuses_with_an_exception(model, tmp_path):

@@ -17,7 +17,7 @@ from sgl_hq.launch.server_process import ServerProcess
 
 REQUESTS, CONCURRENCY = 200, 8
 ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
-ARGS = ["--hq-format", "int8", "--max-total-tokens", "6144", "--grammar-backend", "none", "--chunked-prefill-size", "512"]
+ARGS = ["--hq-format", "int8", "--hq-allow-ungated", "--max-total-tokens", "6144", "--grammar-backend", "none", "--chunked-prefill-size", "512"]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from sgl_hq.launch.waves import Answer, Wave
 TOKEN_BYTES = 23040  # SmolLM2-135M: 30 layers x 3 kv heads x 64 x (K and V) x 2 bytes
 HQ = {
     "active": True,
+    "gate": {"verdict": "ungated", "reason": "no record", "date": ""},
     "format": "hq6",
     "pack": "shared",
     "stored_bits_per_value": 5.8,
@@ -214,6 +215,8 @@ def test_table_and_paragraph_name_every_arm():
     console.print(table(rows))
     shown = console.export_text()
     assert "vanilla" in shown and "hq6" in shown and "0.75" in shown
+    assert [r["gate"] for r in rows] == [None, "ungated"]
+    assert next(line.split()[-2:] for line in shown.splitlines() if "quality gate" in line) == ["-", "ungated"]
     assert "hq6 against vanilla, warm: KV bytes used 1.00x" in paragraph(rows)
 
 
@@ -246,6 +249,22 @@ def test_options_an_arm_cannot_have_are_refused_before_anything_starts(options, 
         run(model="/nonexistent", **options)
 
 
+def test_an_arm_without_a_passed_gate_is_refused_before_vanilla_has_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ab, "_prepare", lambda model, workload: ([], TOKEN_BYTES))
+    monkeypatch.setattr(ab, "_measure", lambda setup, *_: pytest.fail(f"started {setup.arms}"))
+    with pytest.raises(HQConfigError, match="quality gate.*--hq-allow-ungated"):
+        run(model=str(tmp_path), arms=["vanilla", "hq6"])
+
+
+def test_allowed_arms_get_the_flag_and_vanilla_does_not(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ab, "_prepare", lambda model, workload: ([], TOKEN_BYTES))
+    monkeypatch.setattr(ab, "_measure", lambda setup, *_: seen.append(setup))
+    monkeypatch.setattr(ab, "_show", lambda rows: None)
+    run(model=str(tmp_path), arms=["vanilla", "hq6"], allow_ungated=True)
+    assert ["--hq-allow-ungated" in seen[0].server_args(arm) for arm in ("vanilla", "hq6")] == [False, True]
+
+
 def test_a_missing_model_is_refused_in_one_sentence():
     with pytest.raises(ABError, match="No model at '/nonexistent/model'"):
         run(model="/nonexistent/model")
@@ -265,7 +284,7 @@ def test_rows_measured_before_an_arm_failed_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(ab, "_measure", fail_at_the_second_arm)
     with pytest.raises(ABError, match="without our plugin"):
-        ab.run(model="m", json_path=tmp_path / "rows.json")
+        ab.run(model="m", json_path=tmp_path / "rows.json", allow_ungated=True)
     (written,) = json.loads((tmp_path / "rows.json").read_text())
     assert written["arm"] == "vanilla"
     assert written["configuration"]["arms"] == ["vanilla", "exact", "hq6"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -32,7 +33,7 @@ def fake_module(monkeypatch):
 
 def test_help_names_every_command():
     shown = invoke("--help").output
-    for command in ("serve", "ab", "demo-model", "formats", "doctor"):
+    for command in ("serve", "ab", "gate", "demo-model", "formats", "doctor"):
         assert command in shown
 
 
@@ -41,7 +42,7 @@ def test_version():
     assert (result.exit_code, result.output) == (0, __version__ + "\n")
 
 
-@pytest.mark.parametrize("command", ["", "serve", "ab", "demo-model", "formats", "doctor"])
+@pytest.mark.parametrize("command", ["", "serve", "ab", "gate", "demo-model", "formats", "doctor"])
 def test_help_loads_neither_torch_nor_sglang(command):
     script = (
         "import sys; from sgl_hq.launch.cli import main; sys.argv = ['sgl-hq', *sys.argv[1:], '--help']\n"
@@ -76,7 +77,7 @@ def test_ab_leaves_what_is_not_given_to_the_harness(fake_module):
     fake_module("ab", run=lambda **given: seen.update(given) or 0)
     assert invoke("ab").exit_code == 0
     assert seen.pop("arms") == ["vanilla", "exact", "hq6"]
-    assert seen.pop("quick") is False
+    assert seen.pop("quick") is False and seen.pop("allow_ungated") is False
     assert len(seen) == 10 and set(seen.values()) == {None}
 
 
@@ -95,11 +96,33 @@ def test_ab_passes_every_option(fake_module, tmp_path):
     rows = tmp_path / "rows.jsonl"
     result = invoke(
         "ab", "--quick", "--model", "m", "--arms", "vanilla, int8",
-        "--hq-pack", "insert", "--hq-packed-fraction", "0.25", "--json", str(rows), *flags,
+        "--hq-pack", "insert", "--hq-packed-fraction", "0.25", "--hq-allow-ungated", "--json", str(rows), *flags,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     expected = {"model": "m", "arms": ["vanilla", "int8"], "quick": True, "pack": "insert", "packed_fraction": 0.25}
-    assert seen == expected | numbers | {"json_path": rows}
+    assert seen == expected | numbers | {"json_path": rows, "allow_ungated": True}
+
+
+def test_gate_leaves_what_is_not_given_to_the_harness(fake_module):
+    seen = {}
+    fake_module("gate", run=lambda **given: seen.update(given) or 0)
+    assert invoke("gate").exit_code == 0
+    assert (seen.pop("all_presets"), seen.pop("quick"), seen.pop("device")) == (False, False, "cpu")
+    assert len(seen) == 8 and set(seen.values()) == {None}
+
+
+def test_gate_passes_every_option_and_its_exit_code(fake_module, tmp_path):
+    seen = {}
+    fake_module("gate", run=lambda **given: seen.update(given) or 3)
+    result = invoke(
+        "gate", "--model", "m", "--format", "hq6, nf4", "--all", "--quick", "--prefix", "64,128", "--steps", "4",
+        "--windows", "a", "--windows", "b", "--device", "cuda", "--revision", "r", "--json", "j", "--record-dir", "d",
+    )  # fmt: skip
+    assert result.exit_code == 3, result.output
+    assert seen == {
+        "model": "m", "formats": ["hq6", "nf4"], "all_presets": True, "quick": True, "prefixes": [64, 128], "steps": 4,
+        "windows": [Path("a"), Path("b")], "device": "cuda", "revision": "r", "json_path": Path("j"), "record_dir": Path("d"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -28,9 +28,10 @@ def test_defaults_on_a_gpu_touch_no_page_and_leave_the_platform_alone(args):
 
 def test_flags_win_over_the_environment_and_the_rest_goes_through_unchanged(args):
     environ = {"SGLANG_HQ_FORMAT": "int8", "SGLANG_HQ_PACK": "insert", "HOME": "/h"}
-    argv, env, config = resolve([*args, "--hq-format", "hq6", "--tp-size", "1", "--trust-remote-code"], environ, has_gpu=False)
-    assert (config.format, config.pack) == ("hq6", "insert")
-    assert env["SGLANG_HQ_FORMAT"] == "hq6" and env["HOME"] == "/h"
+    options = ["--hq-format", "hq6", "--tp-size", "1", "--hq-allow-ungated", "--trust-remote-code"]
+    argv, env, config = resolve([*args, *options], environ, has_gpu=False)
+    assert (config.format, config.pack, config.allow_ungated) == ("hq6", "insert", True)
+    assert env["SGLANG_HQ_FORMAT"] == "hq6" and env["SGLANG_HQ_ALLOW_UNGATED"] == "1" and env["HOME"] == "/h"
     assert argv[:3] == ["--tp-size", "1", "--trust-remote-code"] and not any(a.startswith("--hq-") for a in argv)
 
 
@@ -45,6 +46,23 @@ def test_flags_win_over_the_environment_and_the_rest_goes_through_unchanged(args
 def test_settings_that_would_serve_something_else_are_refused(args, environ, reason):
     with pytest.raises(HQConfigError, match=reason):
         resolve(args, environ, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ([], "quality gate"),
+        (["--load-format", "dummy"], "--load-format dummy serves random weights"),
+        (["--json-model-override-args", '{"rope_theta": 1}'], "--json-model-override-args changes the model"),
+    ],
+)
+def test_a_lossy_format_without_a_passed_gate_is_refused(args, options, reason):
+    """Before SGLang is imported; the three ways in which nothing is known."""
+    with pytest.raises(HQConfigError, match=reason) as refused:
+        resolve([*args, *options, "--hq-format", "hq6"], {}, has_gpu=False)
+    assert "--hq-allow-ungated" in str(refused.value)
+    argv, _, _ = resolve([*args, *options], {"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_ALLOW_UNGATED": "1"}, has_gpu=False)
+    assert argv[: len(options)] == options
 
 
 def test_a_plugin_list_that_names_us_is_fine(args):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from sgl_hq.launch import formats as formats_table
-from sgl_hq.page_format import ALIGN_BYTES, FORMATS, PageFormat, get_format, plane_widths
+from sgl_hq.page_format import ALIGN_BYTES, FAMILY_GRAMMAR, FORMATS, PageFormat, get_format, plane_widths
 
-AFFINE = [PageFormat(f"K{k}V{v}", "affine", k, v) for k, v in itertools.product(range(2, 9), repeat=2)]
+AFFINE = [
+    get_format(f"K{k}{group}V{v}") for k, group, v in itertools.product(range(2, 9), ("", "t"), range(2, 9))
+]
 head_dims = st.integers(1, 40).map(lambda n: 8 * n)
 
 
@@ -28,6 +33,37 @@ def test_hq6_record_by_hand():
     assert k_codes + v_codes + k_meta + v_meta + ranges == 5904 == 369 * 16
     assert layout.record_bytes == 5904
     assert layout.sink_bytes == 4 * (64 + 64) * 2 == 1024
+
+
+def test_lossless_record_by_hand():
+    """head_dim 64: a byte, then half a byte per value, then 128 bytes of escapes: 39 * (2 + 1) + 8 + 3 used."""
+    layout = get_format("lossless").layout(64, 64)
+    offsets = {field.name: field.offset for field in layout.fields}
+    assert offsets == {"k_raw": 0, "v_raw": 4096, "k_exp": 8192, "v_exp": 10240, "escapes": 12288}
+    assert layout.record_bytes == 12416 and 12416 * 8 / 8192 == 12.125
+    assert layout.stored_bits_per_value() == layout.effective_bits_per_dim() == 12.125
+    assert layout.escape_budget == 39
+    positions, exponents, tail = layout.escape_fields
+    assert (positions.offset, positions.bytes) == (12288, 78)
+    assert (exponents.offset, exponents.bytes) == (12366, 39)
+    assert (tail.offset, tail.end) == (12405, 12416)
+
+
+@given(head_dim=head_dims, v_head_dim=head_dims)
+def test_the_escape_list_lies_in_its_field(head_dim, v_head_dim):
+    layout = get_format("lossless").layout(head_dim, v_head_dim)
+    positions, exponents, tail = layout.escape_fields
+    assert layout["escapes"].offset == positions.offset
+    assert (positions.end, exponents.end) == (exponents.offset, tail.offset)
+    assert 0 <= layout["escapes"].end - tail.end < 3, "no room for one more entry"
+    assert layout.stored_bits_per_value() < 12.125 + 1 / 16, "alignment of the last field only"
+
+
+def test_k_per_token_has_a_scale_per_token():
+    channel, token = (get_format(name).layout(128, 64) for name in ("K6V5", "K6tV5"))
+    assert (channel["k_scale"].bytes, channel["k_min"].bytes) == (128, 128)
+    assert (token["k_scale"].bytes, token["k_min"].bytes) == (64, 64)
+    assert channel["v_scale"].bytes == token["v_scale"].bytes == 64
 
 
 def test_bits_against_the_quality_tables():
@@ -89,11 +125,37 @@ def test_every_width_is_its_bits_in_the_record():
 
 
 def test_get_format_says_what_to_do():
-    assert {name: get_format(name) for name in FORMATS} == FORMATS
-    with pytest.raises(ValueError, match="serving mode.*'bf16'.*bf16, int8, hq6"):
+    with pytest.raises(ValueError, match="serving mode.*'bf16' or 'lossless'.*bf16, lossless, int8, hq6"):
         get_format("exact")
-    with pytest.raises(ValueError, match="unknown page format 'hq7'.*bf16, int8, hq6.*--hq-format"):
-        get_format("hq7")
+    with pytest.raises(ValueError, match="sink_tokens is 64; use 0 to 63"):
+        get_format("sink64-K6V5")
+
+
+@pytest.mark.parametrize(
+    "name", "hq7,,K6,K9V5,K6V1,k6v5,sink0-K6V5,sink04-K6V5,sink4 K6V5,K6V5t,K6V5\n,xK6V5,sink-K6V5".split(",")
+)
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match="unknown page format.*bf16, lossless, int8, hq6.*sink4-K5V4.*--hq-format"):
+        get_format(name)
+
+
+def test_presets_are_the_documented_points():
+    assert list(FORMATS) == ["bf16", "lossless", "int8", "hq6", "hq5", "hq4", "hq3", "hq2"]
+    assert all(get_format(name) is fmt for name, fmt in FORMATS.items())
+    assert [name for name, fmt in FORMATS.items() if not fmt.lossy] == ["bf16", "lossless"]
+    for preset, member in {"hq6": "K6V5", "hq5": "K5V4", "hq4": "K4V4", "hq3": "K3V3", "hq2": "K2V2"}.items():
+        assert FORMATS[preset] == replace(get_format(f"sink4-{member}"), name=preset)
+
+
+@given(
+    sinks=st.integers(0, 63),
+    k_bits=st.integers(2, 8),
+    v_bits=st.integers(2, 8),
+    k_group=st.sampled_from(["channel", "token"]),
+)
+def test_family_names_say_what_they_are(sinks, k_bits, v_bits, k_group):
+    name = f"sink{sinks}-" * (sinks > 0) + f"K{k_bits}{'t' * (k_group == 'token')}V{v_bits}"
+    assert get_format(name) == PageFormat(name, "affine", k_bits, v_bits, sinks, k_group)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +165,11 @@ def test_get_format_says_what_to_do():
         (("x", "affine", 1, 4), "k_bits is 1"),
         (("x", "affine", 4, 9), "v_bits is 9"),
         (("x", "int8", 8, 7), "v_bits is 7"),
-        (("x", "bf16", 16, 16, 4), "sinks are for kind affine"),
+        (("x", "bf16", 16, 16, 4), "sinks are for kinds affine and transform"),
         (("x", "affine", 4, 4, 64), "sink_tokens is 64"),
+        (("x", "lossless", 16, 16), "k_bits is 16; kind lossless always has 12"),
+        (("x", "affine", 4, 4, 0, "page"), "k_group is 'page'; kind affine takes channel or token"),
+        (("x", "int8", 8, 8, 0, "token"), "k_group is 'token'; kind int8 takes channel"),
     ],
 )
 def test_bad_formats_are_refused(arguments, said):
@@ -118,6 +183,8 @@ def test_bad_sizes_are_refused():
             get_format("hq6").layout(head_dim, 64)
     with pytest.raises(ValueError, match="v_head_dim is 4"):
         get_format("hq6").layout(64, 4)
+    with pytest.raises(ValueError, match="head_dim is 1032; a lossless page holds up to 1024: use bf16"):
+        get_format("lossless").layout(1032)
     with pytest.raises(ValueError, match="prefix_tokens is 100"):
         get_format("hq6").layout(64, 64).stored_bits_per_value(100)
 
@@ -136,7 +203,15 @@ def test_table_has_every_format_and_only_layout_numbers():
         assert row["effective_bits_per_dim"] == layout.effective_bits_per_dim(1024)
         assert row["record_bytes"] == layout.record_bytes
         assert row["ratio_to_bf16"] == 16 / layout.stored_bits_per_value(1024)
-        assert row["quality"]
-    shown = formats_table.table()
-    assert shown.row_count == len(rows)
-    assert "gate" in str(shown.caption)
+        assert row["lossy"] is (row["format"] not in ("bf16", "lossless"))
+
+
+def test_table_fits_a_terminal_and_names_the_gate():
+    console = Console(width=80, file=io.StringIO())
+    console.print(formats_table.table())
+    shown = console.file.getvalue()
+    for name in FORMATS:
+        assert f" {name} " in shown, "no name is cut"
+    assert "…" not in shown
+    words = " ".join(shown.split())
+    assert "sgl-hq gate --model" in words and FAMILY_GRAMMAR in words

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_hq.kernels.page_codec import NonFiniteError
+from sgl_hq.layer_codecs import layer_codecs
 from sgl_hq.page_format import PAGE_TOKENS as P
 from sgl_hq.page_format import get_format
 from sgl_hq.pool.packed_tier import PackedTier
@@ -22,8 +23,9 @@ def _dense(pages, seed=0):
     return make(), make()
 
 
-def _tier(name, pages=12, sinks=2):
-    return PackedTier(get_format(name), SHAPE, TierSizes(0, pages, sinks if get_format(name).sink_tokens else 0), "cpu")
+def _tier(name, pages=12, sinks=2, shape=SHAPE):
+    codecs = layer_codecs(name, shape.layers, shape.head_dim, shape.v_head_dim)
+    return PackedTier(codecs, shape, TierSizes(0, pages, sinks if codecs[0].fmt.sink_tokens else 0), "cpu")
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.booleans()), max_size=40))
@@ -95,5 +97,5 @@ def test_bytes_are_those_of_the_tensors():
 
 def test_metadata_of_a_tier_for_a_million_tokens_is_below_sixteen_mebibytes():
     pages = 1_000_000 // P
-    tier = PackedTier(get_format("hq6"), KVShape(1, 1, 8, 8), TierSizes(0, pages, pages // 8), "cpu")
+    tier = _tier("hq6", pages, pages // 8, KVShape(1, 1, 8, 8))
     assert tier.metadata_bytes < 2**20

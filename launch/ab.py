@@ -31,7 +31,7 @@ from sgl_hq.launch.run_facts import run_facts
 from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.launch.waves import run_wave
 from sgl_hq.launch.workload import ChatRequest, Workload
-from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.page_format import DEFAULT_LOSSY, PAGE_TOKENS
 
 PHASES = ("cold", "warm")
 Waves = list[list[ChatRequest]]
@@ -89,7 +89,7 @@ def run(
     """
     if from_env() is not None:
         raise ABError("SGLANG_HQ_* options are set: the vanilla arm would inherit them; unset them, the arms set their own")
-    arms = arms or [VANILLA, EXACT, "hq6"]
+    arms = arms or [VANILLA, EXACT, DEFAULT_LOSSY]
     pack = pack or "shared"
     packed_fraction = 0.5 if packed_fraction is None else packed_fraction
     if arms[0] != VANILLA:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from sgl_hq import __version__
-from sgl_hq.page_format import FORMATS
+from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -56,7 +56,7 @@ def _root(
 def serve(context: typer.Context) -> None:
     """Start an SGLang server. All options go to SGLang; the --hq-* ones choose the format of the packed tier.
 
-    Example: sgl-hq serve --model-path MODEL --hq-format hq6 --port 30000
+    Example: sgl-hq serve --model-path MODEL --hq-format hq7 --port 30000
 
     SGLang's own options: python -m sglang.launch_server --help
     """
@@ -70,7 +70,7 @@ def ab(
     model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
     arms: Annotated[
         str, typer.Option(help=f"Comma-separated, in order: vanilla, exact, {', '.join(FORMATS)}.")
-    ] = "vanilla,exact,hq6",
+    ] = f"vanilla,exact,{DEFAULT_LOSSY}",
     quick: Annotated[
         bool, typer.Option("--quick", help="A small workload that ends within 5 minutes on 2 cores.")
     ] = False,
@@ -119,7 +119,7 @@ def ab(
 def gate(
     model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
     formats: Annotated[
-        Optional[str], typer.Option("--format", help="Comma-separated page or reference formats. Default: hq6.")
+        Optional[str], typer.Option("--format", help=f"Comma-separated page or reference formats. Default: {DEFAULT_LOSSY}.")
     ] = None,
     all_presets: Annotated[
         bool, typer.Option("--all", help="All presets that lose bits; says which is the smallest that passes.")
@@ -145,7 +145,7 @@ def gate(
 
     Exit code 0: passed (every format given; with --all at least one). 3: measured and failed. Others: no verdict.
 
-    Example: sgl-hq gate --model MODEL --format hq6
+    Example: sgl-hq gate --model MODEL --format hq7
     """
     from sgl_hq.launch.gate import run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sgl_hq.page_format import FAMILY_GRAMMAR, FORMATS
+from sgl_hq.page_format import CALIBRATED_GRAMMAR, FAMILY_GRAMMAR, FORMATS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,8 @@ _NOTE = (
     f"Bits at a prefix of {PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
     "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
     "A lossy format is served after it has passed on your model: sgl-hq gate --model MODEL --format FORMAT. "
-    f"hq6 to hq2 are points of a family: {FAMILY_GRAMMAR}; t = K per token, else per channel. "
+    f"hq7 to hq2 are points of a family: {FAMILY_GRAMMAR}; t = K per token, else per channel. "
+    f"Smaller for the same quality: {CALIBRATED_GRAMMAR} --model MODEL. "
     "'exact' is a serving mode that packs nothing, so it has no row."
 )
 

@@ -22,7 +22,7 @@ from sgl_hq.gate.model_digest import model_digest
 from sgl_hq.gate.record import GateRecord, finite_or_null, own_records, write_record
 from sgl_hq.gate.windows import CORE, Window, shipped_digest, shipped_windows, windows_of_files
 from sgl_hq.launch.gate_report import json_object, sentences, smallest_passing, table, write_json
-from sgl_hq.page_format import LAYOUT_VERSION, calibrated_bits, is_lossy
+from sgl_hq.page_format import DEFAULT_LOSSY, LAYOUT_VERSION, calibrated_bits, is_lossy
 
 if TYPE_CHECKING:
     from sgl_hq.prefix_codec import PrefixCodec
@@ -71,7 +71,7 @@ def run(
         raise GateError("--all measures every preset that loses bits: leave out --format")
     plan = Plan(
         model=model or _demo_model(),
-        formats=tuple(lossy_presets() if all_presets else dict.fromkeys(formats or ["hq6"])),
+        formats=tuple(lossy_presets() if all_presets else dict.fromkeys(formats or [DEFAULT_LOSSY])),
         prefixes=tuple(prefixes or (QUICK_PREFIX_TOKENS if quick else PREFIX_TOKENS)),
         steps=STEPS if steps is None else steps,
         windows=windows_of_files(windows) if windows else shipped_windows(CORE) if quick else shipped_windows(),

@@ -1,6 +1,6 @@
 """HQCache: a transformers cache that holds a prefix as packed pages and everything after it as bfloat16.
 
-    cache = HQCache("hq6")                              # any page format of `sgl-hq formats`
+    cache = HQCache("hq7")                              # any page format of `sgl-hq formats`
     model(prefix_ids, past_key_values=cache)            # dense so far
     cache.pack()                                        # whole pages of 64 tokens become packed records
     model.generate(ids, past_key_values=copy.deepcopy(cache))   # many requests with this prefix; copies share the bytes
@@ -17,7 +17,7 @@ import copy
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sgl_hq.page_format import PAGE_TOKENS, get_format
+from sgl_hq.page_format import DEFAULT_LOSSY, PAGE_TOKENS, get_format
 from sgl_hq.prefix_codec import PackedPrefix, PrefixCodec, ServedCodec
 
 
@@ -27,7 +27,7 @@ class HQCache(Cache):
     fmt: the name of a page format (ValueError if unknown), or a PrefixCodec of one's own.
     """
 
-    def __init__(self, fmt: str | PrefixCodec = "hq6") -> None:
+    def __init__(self, fmt: str | PrefixCodec = DEFAULT_LOSSY) -> None:
         super().__init__(layers=[])
         self.codec: PrefixCodec = ServedCodec(get_format(fmt)) if isinstance(fmt, str) else fmt
 

@@ -231,6 +231,7 @@ FORMATS: dict[str, PageFormat] = {
         PageFormat("hq2", "affine", 2, 2, sink_tokens=4),
     )
 }
+DEFAULT_LOSSY = "hq7"  # the smallest preset that passes the quality gate on the demo model (docs/quality.md)
 _CALIBRATED = re.compile(r"calib([2-8](?:\.[0-9]{1,2})?)")
 _FAMILY = re.compile(r"(?:sink([1-9][0-9]?)-)?K([2-8])(t?)V([2-8])")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # `import tolerances`: importmode importlib does not add the folder
 if not torch.cuda.is_available():
     os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"
 

@@ -146,3 +146,10 @@ def rounded_sum(rows: int) -> float:
 def standard_error(samples: torch.Tensor, sigmas: float = 5.0) -> torch.Tensor:
     """How far the mean over axis 0 of independent samples may lie from its expectation: 5 sigma is 6e-7 per mean."""
     return sigmas * samples.std(0) / math.sqrt(samples.shape[0])
+
+
+# Served against offline log-probabilities, both in float32 with bfloat16 K and V, as a share of what packing itself changes.
+# The sums run in another order, so K and V differ by some 2**-24 before they are rounded to bfloat16: about one value in 500
+# falls to the other neighbour, and with it, or alone, about one code in 1,000 to the next one. Packing puts every value off
+# by 1/sqrt(12) of a step, a flipped code one of 1,000 by a whole step: sqrt(12 / 1000) = 0.11 of the effect.
+SERVED_AGAINST_OFFLINE = 0.11

@@ -2,9 +2,9 @@
 
     python kernels/page_codec/bench.py [--formats hq6 hq4 lossless] [--tokens 8192] [--json FILE]
 
-Correctness comes first: two layers against the PyTorch codec on the CPU, byte for byte. Buffers are far larger than the
-L2 cache and two sets of them take turns, so every run reads cold memory. Times are of the GPU alone (events around a run
-that waits behind a sleeping kernel); `host` is what a call costs the CPU.
+Correctness comes first: two layers against the PyTorch codec on the CPU, byte for byte. Buffers are far larger than
+the L2 cache and two sets of them take turns, so every run reads cold memory. Times are of the GPU alone (events around
+a run that waits behind a sleeping kernel); `host` is what a call costs the CPU.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Row:
         floor_us = self.megabytes / FLOOR_TB_S
         share = floor_us / self.median_us
         return (
-            f"{self.format:10} {self.run:7} {self.megabytes:7.1f} {self.median_us:8.1f} {self.p10_us:8.1f} {self.p90_us:8.1f} "
-            f"{self.megabytes / self.median_us * 1e3:7.0f} {floor_us:8.1f} {share:7.0%}{'' if share >= GOAL else ' *':2} "
-            f"{self.copy_us:8.1f} {self.copy_us / self.median_us:7.0%} {self.host_us:7.0f}"
+            f"{self.format:10} {self.run:7} {self.megabytes:7.1f} {self.median_us:8.1f} {self.p10_us:8.1f} "
+            f"{self.p90_us:8.1f} {self.megabytes / self.median_us * 1e3:7.0f} {floor_us:8.1f} "
+            f"{share:7.0%}{'' if share >= GOAL else ' *':2} {self.copy_us:8.1f} {self.copy_us / self.median_us:7.0%} "
+            f"{self.host_us:7.0f}"
         )
 
 
@@ -69,7 +70,8 @@ class Buffers:
         self.dense_pages, self.packed_pages = (torch.randperm(pages, device="cuda", generator=draw) for _ in range(2))
         self.records = torch.full((layers, pages, heads, layout.record_bytes), 255, dtype=torch.uint8, device="cuda")
         self.sinks = torch.full((layers, 1, heads, layout.sink_bytes), 255, dtype=torch.uint8, device="cuda")
-        self.outs = [torch.full((layers, slots, heads, d), torch.nan, dtype=torch.bfloat16, device="cuda") for d in dims]
+        shapes = [(layers, slots, heads, dim) for dim in dims]
+        self.outs = [torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda") for shape in shapes]
         self.layout = layout
 
     def pack(self) -> torch.Tensor:
@@ -149,11 +151,10 @@ def main() -> None:
 
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}; {args.tokens} tokens x {args.layers} layers x {args.heads} heads x {args.head_dim}, K and V")
-    print(f"floor: bytes in + bytes out at {FLOOR_TB_S} TB/s (H200); * below the goal of {GOAL:.0%}; copy: torch, as many bytes")
-    print(
-        f"{'format':10} {'run':7} {'MB':>7} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'floor us':>8} {'of floor':>9} "
-        f"{'copy us':>8} {'of copy':>7} {'host us':>7}"
-    )
+    print(f"floor: bytes in + bytes out at {FLOOR_TB_S} TB/s (H200); * below {GOAL:.0%} of it; copy: torch's, same bytes")
+    titles = ["MB", "us", "p10", "p90", "GB/s", "floor us", "of floor", "copy us", "of copy", "host us"]
+    widths = [7, 8, 8, 8, 7, 8, 9, 8, 7, 7]
+    print(f"{'format':10} {'run':7}", *(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)))
     rows = []
     for name in args.formats:
         for row in rows_of(name, args):

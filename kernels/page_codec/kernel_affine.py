@@ -27,8 +27,8 @@ def bf16_ceil(x):
 
 @triton.jit
 def fit_codes(wanted, smallest, largest, ROUND_UP: tl.constexpr):
-    """groups.py `_fit_codes` of one page: wanted `[N] float64` and its extremes, to codes, decoded (`[N] float32`), base
-    and step (int16 bits of bfloat16)."""
+    """groups.py `_fit_codes` of one page: wanted `[N] float64` and its extremes, to codes, decoded (`[N] float32`),
+    base and step (int16 bits of bfloat16)."""
     minus_bits, minus_base = bf16_ceil(-smallest)
     base = -minus_base
     to_zero = base < TINY if ROUND_UP else base == 0  # a scale is never subnormal; a zero never negative
@@ -52,8 +52,8 @@ def fit_codes(wanted, smallest, largest, ROUND_UP: tl.constexpr):
 def fit_groups(low, high, valid, LEVELS: tl.constexpr):
     """groups.py `fit_groups` of one page and side: low, high `[N] float32`; groups that are not `valid` are padding.
 
-    Returns scale codes, minimum codes, scale, minimum (`[N] float32`), and the side's four ranges (int16 bits of bfloat16)
-    in the order of the record.
+    Returns scale codes, minimum codes, scale, minimum (`[N] float32`), and the side's four ranges (int16 bits of
+    bfloat16) in the order of the record.
     """
     low, high = low.to(tl.float64) + 0.0, high.to(tl.float64) + 0.0  # -0.0 becomes 0.0
     smallest = tl.min(tl.where(valid, low, float("inf")), 0)

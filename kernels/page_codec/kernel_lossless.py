@@ -1,7 +1,7 @@
 """Device code: lossless pages, both ways. One program per (layer, page, head). Same bytes as lossless.py.
 
-The escapes of a page are few, so their list is made in two steps: the runs of eight channels that hold any are compacted
-into the record's own list, read back one per thread, and written again as single escapes.
+The escapes of a page are few, so their list is made in two steps: the runs of eight channels that hold any are
+compacted into the record's own list, read back one per thread, and written again as single escapes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
 def pack_lossless(
     k_table, v_table, records, dense_pages, packed_pages, status,
     pages, heads, record_layer, record_page, record_head,
     D: tl.constexpr, DV: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, ESCAPES: tl.constexpr,
     BUDGET: tl.constexpr, RECORD_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in kernel_pack.py. FIELDS: byte offsets of a side's raw bytes and exponent codes. ESCAPES: byte offsets
-    of the list's positions, exponents and tail; BUDGET: its entries."""
+    """Arguments as in kernel_pack.py. FIELDS: byte offsets of a side's raw bytes and exponent codes. ESCAPES: byte
+    offsets of the list's positions, exponents and tail; BUDGET: its entries."""
     pid = tl.program_id(0)
     head, index, layer = pid % heads, pid // heads % pages, pid // (heads * pages)
     page = tl.load(packed_pages + index).to(tl.int64)
@@ -156,7 +156,7 @@ def _ones(flags):
     return (flags & 15) + (flags >> 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["packed_pages"])
 def unpack_lossless(
     records, packed_pages, k_out, v_out, pages, heads, record_layer, record_page, record_head,
     D: tl.constexpr, DV: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, ESCAPES: tl.constexpr,
@@ -211,8 +211,9 @@ def _join_halves(raw, codes, base):
 
 @triton.jit
 def _restore(
-    record, target, stride, first, count, D: tl.constexpr, FIELDS: tl.constexpr, ESCAPES: tl.constexpr, BUDGET: tl.constexpr
-):
+    record, target, stride, first, count,
+    D: tl.constexpr, FIELDS: tl.constexpr, ESCAPES: tl.constexpr, BUDGET: tl.constexpr,
+):  # fmt: skip
     """Write entries first .. first + count - 1 of the list."""
     entry = tl.arange(0, triton.next_power_of_2(BUDGET))
     mask = (entry >= first) & (entry < first + count)

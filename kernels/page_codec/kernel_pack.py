@@ -1,7 +1,7 @@
 """Device code: affine pages of the dense pool to records. One program per (layer, page, side, head).
 
-Everything stays in registers: a K program holds a thread's channels for all eight token runs of a page, so the slots of a
-bit plane (kernels/README.md) lie in one thread; a V program holds a whole rotated token per thread, and moves bits
+Everything stays in registers. A K program holds, in a thread, its channels of all eight token runs of the page, so the
+slots of a bit plane (kernels/README.md) meet there; a V program holds a whole rotated token in a thread, and moves bits
 between the threads of a plane's slots at the end. Same arithmetic, rounding by rounding, as affine.py.
 """
 
@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from .kernel_affine import MAX_MAGNITUDE, encode, fit_groups, join_bytes, rounded
+from .kernel_planes import store_lanes, store_runs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
 def pack_affine(
     k_table, v_table, records, sinks, dense_pages, packed_pages, status,
     pages, heads, record_layer, record_page, record_head, sink_layer, sink_head,
@@ -24,7 +25,8 @@ def pack_affine(
     """k_table, v_table `[layers] int64`: addresses of `[slots, heads, D] bfloat16`. records, sinks: the first record of
     page 0 and the first sink of the sequence; all strides in bytes. status `[pages] int32`: set to 1 if refused.
 
-    PLANES: ((width, bits of the code below it, byte offset), ...) of a side. META: byte offsets of its scale and minimum codes.
+    PLANES: ((width, bits of the code below it, byte offset), ...) of a side. META: byte offsets of its scale codes and
+    minimum codes.
     """
     pid = tl.program_id(0)
     head, side, index, layer = pid % heads, pid // heads % 2, pid // (2 * heads) % pages, pid // (2 * heads * pages)
@@ -83,7 +85,7 @@ def _pack_by_channel(
     column = tl.arange(0, WIDTH // 4)[None, :]
     for plane in tl.static_range(len(PLANES)):
         start = (record + PLANES[plane][2]).to(tl.pointer_type(tl.int32))
-        _store_runs(words, start + token * (D // 4) + column, column < D // 4, D, PLANES[plane][0], PLANES[plane][1])
+        store_runs(words, start + token * (D // 4) + column, column < D // 4, D, PLANES[plane][0], PLANES[plane][1])
 
 
 @triton.jit
@@ -113,18 +115,18 @@ def _pack_by_token(
     inverse = tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0))
     words = ()  # 2 * PIECES of [64] int32: the codes of four channels, one byte each
     for i in tl.static_range(PIECES):
-        pair = tl.where((token >= sink_tokens)[:, None], join_bytes(encode(pieces[i], minimum[:, None], inverse[:, None])), 0)
-        first, second = tl.split(pair)
+        pair = join_bytes(encode(pieces[i], minimum[:, None], inverse[:, None]))
+        first, second = tl.split(tl.where((token >= sink_tokens)[:, None], pair, 0))
         words = words + (first, second)
     for plane in tl.static_range(len(PLANES)):
         start = (record + PLANES[plane][2]).to(tl.pointer_type(tl.int32))
-        _store_lanes(words, start, lane, D // 4, PLANES[plane][0], PLANES[plane][1])
+        store_lanes(words, start, lane, D // 4, PLANES[plane][0], PLANES[plane][1])
 
 
 @triton.jit
 def _flag_large(source, flag, PIECES: tl.constexpr):
-    """Refuse tokens with NaN, infinity or a magnitude above the limit. A rotation keeps the L2 norm, so with such a value
-    in a block of up to 1024 channels some rotated one is above 1/64 of the limit, or NaN: else this need not be asked."""
+    """Refuse tokens with NaN, infinity or a magnitude above the limit. A rotation keeps the L2 norm, so with such a
+    value in a block of up to 1024 channels some rotated one is above 1/64 of the limit, or NaN: else nobody need ask."""
     for i in range(PIECES):
         values = tl.load(source + 8 * i).to(tl.float32)
         tl.store(flag, 1, mask=tl.max((tl.abs(values) <= MAX_MAGNITUDE).to(tl.int32) ^ 1) == 1)
@@ -180,71 +182,6 @@ def _store_groups(
     tl.store(ranges + 2, min_base)
     tl.store(ranges + 3, min_step)
     return scale, minimum
-
-
-@triton.jit
-def _store_runs(words, target, mask, D: tl.constexpr, WIDTH: tl.constexpr, BASE: tl.constexpr):
-    """One plane from eight `[8, W] int32` runs of tokens: run t of slot s is tile t + WIDTH * s."""
-    for run in tl.static_range(WIDTH):
-        packed = _part(words[run], WIDTH, BASE)
-        for slot in tl.static_range(1, 8 // WIDTH):
-            packed |= _part(words[run + WIDTH * slot], WIDTH, BASE) << (WIDTH * slot)
-        tl.store(target + run * 2 * D, packed, mask=mask)  # eight rows of D // 4 words
-
-
-@triton.jit
-def _store_lanes(words, plane, lane, WORDS: tl.constexpr, WIDTH: tl.constexpr, BASE: tl.constexpr):
-    """One plane from `WORDS` words of a token per lane.
-
-    A byte joins one word of all `SLOTS` lanes of a token row. So each lane first puts the fields of SLOTS of its words
-    into one, and then the lanes exchange fields until lane s has word s, with the field of lane t as slot t: the
-    transpose of a SLOTS x SLOTS matrix of fields in log2(SLOTS) exchanges.
-    """
-    SLOTS: tl.constexpr = 8 // WIDTH
-    RUN: tl.constexpr = min(4, triton.next_power_of_2(max(1, WORDS // SLOTS) + 1) // 2)  # words a lane gets in a row
-    first = lane % 8 // WIDTH * RUN
-    row = plane + (lane // 8 + lane % WIDTH * 8) * WORDS
-    for group in tl.static_range(0, WORDS, SLOTS * RUN):
-        got = ()
-        for j in tl.static_range(RUN):
-            mine = tl.zeros((64,), tl.int32)
-            for slot in tl.static_range(SLOTS):
-                if group + slot * RUN + j < WORDS:
-                    mine |= _part(words[group + slot * RUN + j], WIDTH, BASE) << (WIDTH * slot)
-            if SLOTS == 8:
-                mine = _exchange(_exchange(_exchange(mine, 1, 1, 0x55555555), 2, 2, 0x33333333), 4, 4, 0x0F0F0F0F)
-            elif SLOTS == 4:
-                mine = _exchange(_exchange(mine, 2, 2, 0x33333333), 4, 4, 0x0F0F0F0F)
-            elif SLOTS == 2:
-                mine = _exchange(mine, 4, 4, 0x0F0F0F0F)
-            got = got + (mine,)
-        if RUN == 4:
-            run = tl.reshape(tl.join(tl.join(got[0], got[2]), tl.join(got[1], got[3])), (64, 4))
-        elif RUN == 2:
-            run = tl.join(got[0], got[1])
-        else:
-            run = got[0][:, None]
-        word = (group + first)[:, None] + tl.arange(0, RUN)[None, :]
-        tl.store(row[:, None] + word, run, mask=word < WORDS)
-
-
-@triton.jit
-def _part(word, WIDTH: tl.constexpr, BASE: tl.constexpr):
-    """Bits BASE .. BASE + WIDTH - 1 of the four codes of a word."""
-    if WIDTH == 8:
-        return word
-    else:
-        return (word >> BASE) & ((1 << WIDTH) - 1) * 0x01010101
-
-
-@triton.jit
-def _exchange(mine, LANES: tl.constexpr, SHIFT: tl.constexpr, LOW: tl.constexpr):
-    """Lanes LANES apart swap: the lower one keeps its LOW fields and gets the other's as high fields, and the reverse."""
-    pairs = tl.reshape(mine, (64 // (2 * LANES), 2, LANES))
-    theirs = tl.sum(pairs, 1, keep_dims=True) - pairs
-    upper = tl.arange(0, 2)[None, :, None] == 1
-    swapped = tl.where(upper, ((theirs >> SHIFT) & LOW) | (pairs & (-1 - LOW)), (pairs & LOW) | ((theirs & LOW) << SHIFT))
-    return tl.reshape(swapped, (64,))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Device code: int8 and bf16 pages, both ways. One program per (layer, page, side, head). Same bytes as reference.py."""
+"""Device code: int8 and bf16 pages, both ways. A program per (layer, page, side, head). Same bytes as reference.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from .kernel_affine import MAX_MAGNITUDE, TINY, bf16_ceil
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
 def pack_simple(
     k_table, v_table, records, dense_pages, packed_pages, status,
     pages, heads, record_layer, record_page, record_head,
@@ -50,7 +50,7 @@ def _pack_side(source, stride, record, flag, D: tl.constexpr, INT8: tl.constexpr
         tl.store((record + FIELDS[0]).to(tl.pointer_type(tl.int16)) + at, exact, mask=channel < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["packed_pages"])
 def unpack_simple(
     records, packed_pages, k_out, v_out, pages, heads, record_layer, record_page, record_head,
     D: tl.constexpr, DV: tl.constexpr, INT8: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr,

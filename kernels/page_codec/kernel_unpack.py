@@ -1,7 +1,7 @@
 """Device code: affine records to bfloat16 pages in the dense pool's layout. One program per run of records of a side.
 
-The inverse rotation is a product of codes and +-1 on the tensor cores: sums of integers below 2**24 in float32, so exact
-in any order. Same arithmetic, rounding by rounding, as affine.py and hadamard.py, then one rounding to bfloat16.
+The inverse rotation is a product of codes and +-1 on the tensor cores: sums of integers below 2**24 in float32, so
+exact in any order. Same arithmetic, rounding by rounding, as affine.py and hadamard.py, then one rounding to bfloat16.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["packed_pages"])
 def unpack_affine(
     records, sinks, packed_pages, k_out, v_out, k_signs, v_signs,
     pages, heads, record_layer, record_page, record_head, sink_layer, sink_head,
@@ -95,8 +95,8 @@ def _byte(word, NUMBER: tl.constexpr):
 
 @triton.jit
 def _part(plane, token, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """A plane's bits of four codes a word, one byte each, `[64, W] int32`. The tokens of its slots share the row's bytes,
-    which are read again from the cache."""
+    """A plane's bits of four codes a word, one byte each, `[64, W] int32`. The tokens of its slots share a row's bytes:
+    all but the first read them from the cache."""
     packed = tl.load(plane + token % (8 * WIDTH) * COLUMNS + column, mask=column < COLUMNS, other=0)
     if WIDTH == 8:
         return packed

@@ -14,7 +14,10 @@ from sgl_hq.page_format import PAGE_TOKENS, PageLayout, plane_widths
 
 from .hadamard import sign_matrix
 
-_PACK_AFFINE = {"num_warps": 2, "enable_fp_fusion": False}  # a thread holds a rotated token: 64 threads
+# No fused multiply-add but where a kernel asks for it: the reference rounds products. 64 threads pack an affine side, a
+# rotated token each; at 168 registers six such programs share a multiprocessor, for some 40 values spilled.
+_PACK_AFFINE = {"num_warps": 2, "enable_fp_fusion": False}
+_PACK_REGISTERS, _REGISTERS_UP_TO_DIM = 168, 128
 _UNPACK_AFFINE = {"num_warps": 4, "enable_fp_fusion": False, "num_stages": 2}
 _RUN = 4  # records that a program unpacks with one load of the sign matrix
 _OTHERS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -66,7 +69,9 @@ def pack_pages(
 
         sinks = sink_slots[:, sink_slot] if has_sink else records[:, 0]
         arguments = (*tables, records, sinks, *where, *sinks.stride()[:2])
-        pack_affine[(2 * grid,)](*arguments, HAS_SINK=has_sink, **_affine_constants(layout), **_PACK_AFFINE)
+        registers = _PACK_REGISTERS if max(layout.head_dim, layout.v_head_dim) <= _REGISTERS_UP_TO_DIM else None
+        options = _PACK_AFFINE | {"maxnreg": registers, "HAS_SINK": has_sink}
+        pack_affine[(2 * grid,)](*arguments, **_affine_constants(layout), **options)
     elif fmt.kind == "lossless":
         from .kernel_lossless import pack_lossless
 
@@ -168,7 +173,7 @@ def _simple_constants(layout: PageLayout) -> dict[str, Any]:
 
 
 def _addresses(layers: list[torch.Tensor]) -> torch.Tensor:
-    """`[layers] int64`: where each layer's buffer starts. Copied once for a pool, so that later calls wait for nothing."""
+    """`[layers] int64`: where each layer's buffer starts. Copied once for a pool: later calls wait for nothing."""
     return _address_table(tuple(layer.data_ptr() for layer in layers), layers[0].device)
 
 
@@ -197,7 +202,8 @@ def _check_records(layout: PageLayout, records: torch.Tensor, packed_pages: torc
 
 def _check_pages(name: str, pages: torch.Tensor, device: torch.device) -> None:
     if pages.dim() != 1 or pages.dtype not in (torch.int32, torch.int64) or pages.device != device:
-        raise ValueError(f"{name} is {list(pages.shape)} {pages.dtype} on {pages.device}; expected [P] integers on {device}")
+        found = f"{list(pages.shape)} {pages.dtype} on {pages.device}"
+        raise ValueError(f"{name} is {found}; expected [P] torch.int32 or torch.int64 on {device}")
 
 
 def _check_layers(

@@ -57,7 +57,7 @@ class CPUAttnBackend(TorchNativeAttnBackend):
             own_v = v[begin:end].view(new, -1, layer.v_head_dim).transpose(0, 1)
             state = attend(q[begin:end], own_k, own_v, layer.scaling, causal=True)
             if prefix > dense_starts[i]:
-                pre_k, pre_v = self._dense_kv(layer, forward_batch, i, dense_starts[i], prefix)
+                pre_k, pre_v = self._dense_kv(layer, forward_batch, i, dense_starts[i], prefix, q.dtype)
                 state = merge(attend(q[begin:end], pre_k, pre_v, layer.scaling), state)
             parts.append(state)
             begin = end
@@ -67,12 +67,13 @@ class CPUAttnBackend(TorchNativeAttnBackend):
         """One token of every request over its dense tokens [dense_starts[i], seq_len_i). q: [requests, q_heads, head_dim]."""
         parts = []
         for i, seq_len in enumerate(forward_batch.seq_lens_cpu.tolist()):
-            k, v = self._dense_kv(layer, forward_batch, i, dense_starts[i], seq_len)
+            k, v = self._dense_kv(layer, forward_batch, i, dense_starts[i], seq_len, q.dtype)
             parts.append(attend(q[i : i + 1], k, v, layer.scaling))
         return AttnState(torch.cat([p.o for p in parts]), torch.cat([p.lse_nat for p in parts]))
 
-    def _dense_kv(self, layer, forward_batch, i: int, start: int, end: int):
-        """K, V [kv_heads, end - start, head_dim] of dense positions [start, end) of request i; start is page aligned.
+    def _dense_kv(self, layer, forward_batch, i: int, start: int, end: int, dtype: torch.dtype):
+        """K, V [kv_heads, end - start, head_dim] of dense positions [start, end) of request i, in `dtype` (the
+        queries' own: a float32 model may have a bfloat16 cache); start is page aligned.
 
         Whole pages are copied: one memcpy each, against one per token (28 % of a decode step on 2 cores).
         """
@@ -84,7 +85,7 @@ class CPUAttnBackend(TorchNativeAttnBackend):
             return buffer.unflatten(0, (-1, page)).index_select(0, pages).flatten(0, 1)[: end - start].transpose(0, 1)
 
         k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        return gather(k), gather(v)
+        return gather(k).to(dtype), gather(v).to(dtype)
 
 
 def _is_plain(layer) -> bool:

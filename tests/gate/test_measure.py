@@ -150,7 +150,7 @@ def test_unknown_formats_and_models(tmp_path):
         codec_of("hq66")
     with pytest.raises(GateError, match="cannot load a model from"):
         load_model(str(tmp_path))
-    assert lossy_presets() == ["int8", "hq6", "hq5", "hq4", "hq3", "hq2"]
+    assert lossy_presets() == ["int8", "hq7", "hq6", "hq5", "hq4", "hq3", "hq2"]
 
 
 def test_windows(tmp_path):

@@ -287,6 +287,6 @@ def test_rows_measured_before_an_arm_failed_are_written(tmp_path, monkeypatch):
         ab.run(model="m", json_path=tmp_path / "rows.json", allow_ungated=True)
     (written,) = json.loads((tmp_path / "rows.json").read_text())
     assert written["arm"] == "vanilla"
-    assert written["configuration"]["arms"] == ["vanilla", "exact", "hq6"]
+    assert written["configuration"]["arms"] == ["vanilla", "exact", "hq7"]
     assert set(written["versions"]) == {"sgl_hq", "sglang", "torch", "python"}
     assert written["machine"]["cores"] >= 1

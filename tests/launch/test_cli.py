@@ -76,7 +76,7 @@ def test_ab_leaves_what_is_not_given_to_the_harness(fake_module):
     seen = {}
     fake_module("ab", run=lambda **given: seen.update(given) or 0)
     assert invoke("ab").exit_code == 0
-    assert seen.pop("arms") == ["vanilla", "exact", "hq6"]
+    assert seen.pop("arms") == ["vanilla", "exact", "hq7"]
     assert seen.pop("quick") is False and seen.pop("allow_ungated") is False
     assert len(seen) == 10 and set(seen.values()) == {None}
 

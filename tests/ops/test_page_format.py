@@ -125,7 +125,7 @@ def test_every_width_is_its_bits_in_the_record():
 
 
 def test_get_format_says_what_to_do():
-    with pytest.raises(ValueError, match="serving mode.*'bf16' or 'lossless'.*bf16, lossless, int8, hq6"):
+    with pytest.raises(ValueError, match="serving mode.*'bf16' or 'lossless'.*bf16, lossless, int8, hq7"):
         get_format("exact")
     with pytest.raises(ValueError, match="sink_tokens is 64; use 0 to 63"):
         get_format("sink64-K6V5")
@@ -135,15 +135,15 @@ def test_get_format_says_what_to_do():
     "name", "hq7,,K6,K9V5,K6V1,k6v5,sink0-K6V5,sink04-K6V5,sink4 K6V5,K6V5t,K6V5\n,xK6V5,sink-K6V5".split(",")
 )
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match="unknown page format.*bf16, lossless, int8, hq6.*sink4-K5V4.*--hq-format"):
+    with pytest.raises(ValueError, match="unknown page format.*bf16, lossless, int8, hq7.*sink4-K5V4.*--hq-format"):
         get_format(name)
 
 
 def test_presets_are_the_documented_points():
-    assert list(FORMATS) == ["bf16", "lossless", "int8", "hq6", "hq5", "hq4", "hq3", "hq2"]
+    assert list(FORMATS) == ["bf16", "lossless", "int8", "hq7", "hq6", "hq5", "hq4", "hq3", "hq2"]
     assert all(get_format(name) is fmt for name, fmt in FORMATS.items())
     assert [name for name, fmt in FORMATS.items() if not fmt.lossy] == ["bf16", "lossless"]
-    for preset, member in {"hq6": "K6V5", "hq5": "K5V4", "hq4": "K4V4", "hq3": "K3V3", "hq2": "K2V2"}.items():
+    for preset, member in {"hq7": "K7V5", "hq6": "K6V5", "hq5": "K5V4", "hq4": "K4V4", "hq3": "K3V3", "hq2": "K2V2"}.items():
         assert FORMATS[preset] == replace(get_format(f"sink4-{member}"), name=preset)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, in a process of its own: the interpreter cannot be switched off again."""
+"""The Triton kernels under Triton's interpreter, in a process of its own: it cannot be switched off again."""
 
 from __future__ import annotations
 

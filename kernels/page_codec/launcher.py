@@ -18,7 +18,8 @@ from .hadamard import sign_matrix
 # rotated token each; at 168 registers six such programs share a multiprocessor, for some 40 values spilled.
 _PACK_AFFINE = {"num_warps": 2, "enable_fp_fusion": False}
 _PACK_REGISTERS, _REGISTERS_UP_TO_DIM = 168, 128
-_UNPACK_AFFINE = {"num_warps": 4, "enable_fp_fusion": False, "num_stages": 2}
+_UNPACK_AFFINE = {"num_warps": 4, "enable_fp_fusion": False, "num_stages": 1}
+_KINDS = ("bf16", "int8", "lossless", "affine")
 _RUN = 4  # records that a program unpacks with one load of the sign matrix
 _OTHERS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -192,6 +193,8 @@ def _signs(dim: int, device: torch.device) -> torch.Tensor:
 
 
 def _check_records(layout: PageLayout, records: torch.Tensor, packed_pages: torch.Tensor, dims: int) -> None:
+    if layout.fmt.kind not in _KINDS:
+        raise ValueError(f"format {layout.fmt.name} of kind {layout.fmt.kind} has no kernel yet: use PageCodec")
     expected = f"[layers, pages, H, {layout.record_bytes}] torch.uint8"
     if records.dim() != dims or records.shape[-1] != layout.record_bytes or records.dtype != torch.uint8:
         raise ValueError(f"records are {list(records.shape)} {records.dtype}; format {layout.fmt.name} has {expected}")

@@ -143,7 +143,7 @@ def _conclude(
 
 def _facts(plan: Plan, digest: str, device: str, seconds: float) -> dict[str, Any]:
     return {
-        "model": plan.model,
+        "model": Path(plan.model).name,  # a result file names no folder of this machine
         "model_digest": digest,
         "gate_version": GATE_VERSION,
         "layout_version": LAYOUT_VERSION,

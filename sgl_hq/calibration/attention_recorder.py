@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from sgl_hq.gate.attention_probe import project_output
+from sgl_hq.gate.attention_hook import attention_through, project_output
 
 _NAME = "sgl_hq_calibration"
 
@@ -18,18 +16,15 @@ class AttentionRecorder:
     """Runs SDPA for `model` and keeps what is needed to run each layer's attention again. A context manager."""
 
     def __init__(self, model) -> None:
-        self._model = model
+        self._hook = attention_through(model, _NAME, self._attend)
         self._again: dict[int, Callable[[], torch.Tensor]] = {}
 
     def __enter__(self) -> AttentionRecorder:
-        AttentionInterface.register(_NAME, self._attend)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        self._before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(_NAME)
+        self._hook.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._model.set_attn_implementation(self._before)
+    def __exit__(self, *error: object) -> None:
+        self._hook.__exit__(*error)
 
     def local_outputs(self) -> list[torch.Tensor]:
         """Of every layer, after its output projection, `[S, hidden]`: its queries and the chunk's own K and V are

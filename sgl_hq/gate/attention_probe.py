@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from sgl_hq.gate.attention_hook import attention_through, project_output
 from sgl_hq.gate.errors import GateError
 
 _NAME = "sgl_hq_gate"
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")  # names of the last linear map of an attention layer
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,12 @@ class AttentionProbe:
         self._look = None
 
     def __enter__(self) -> AttentionProbe:
-        AttentionInterface.register(_NAME, self._attend)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        self._before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(_NAME)
+        self._hook = attention_through(self._model, _NAME, self._attend)
+        self._hook.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._model.set_attn_implementation(self._before)
+    def __exit__(self, *error: object) -> None:
+        self._hook.__exit__(*error)
 
     @contextmanager
     def dense_arm(self) -> Iterator[None]:
@@ -101,13 +96,3 @@ class AttentionProbe:
         error = (project_output(module, local) - dense.projected).norm(dim=-1)
         tiny = torch.finfo(error.dtype).tiny
         self._errors[module.layer_idx] = error / dense.projected.norm(dim=-1).clamp_min(tiny)
-
-
-def project_output(module, output: torch.Tensor) -> torch.Tensor:
-    """output `[1, S, Hq, D]` -> `[S, hidden]` through the layer's output projection, without its bias."""
-    for name in _OUTPUT_PROJECTIONS:
-        if isinstance(linear := getattr(module, name, None), torch.nn.Linear):
-            return functional.linear(output[0].flatten(1), linear.weight)
-    raise GateError(
-        f"{type(module).__name__} has no output projection called {', '.join(_OUTPUT_PROJECTIONS)}: the gate cannot measure it"
-    )

@@ -125,6 +125,13 @@ def test_gate_passes_every_option_and_its_exit_code(fake_module, tmp_path):
     }  # fmt: skip
 
 
+def test_calibrate_passes_its_options(fake_module):
+    seen = []
+    fake_module("calibrate", run=lambda *given: seen.append(given) or 0)
+    assert invoke("calibrate").exit_code == 0 and invoke("calibrate", "--model", "m", "--device", "cuda").exit_code == 0
+    assert seen == [(None, "cpu"), ("m", "cuda")]
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_ab_exit_code_is_the_harness_verdict(fake_module, code):
     fake_module("ab", run=lambda **_: code)

@@ -35,6 +35,10 @@ RULES = (
         but=("sgl_hq.kernels", "sgl_hq.page_format", "sgl_hq.records"),
         never_at_load=("triton",),
     ),
+    Rule(
+        ("sgl_hq.gate", "sgl_hq.calibration", "sgl_hq.baselines", "sgl_hq.hq_cache", "sgl_hq.prefix_codec", "sgl_hq.layer_codecs"),
+        never=("sglang", "sgl_hq.launch", "sgl_hq.pool", "sgl_hq.patches", "sgl_hq.plugin"),
+    ),
     Rule(("sgl_hq.cache",), never=("sgl_hq.attention",)),
     Rule(("sgl_hq.attention",), never=("sgl_hq.cache",)),
     Rule(("sgl_hq.pool",), never=("sgl_hq.cache", "sgl_hq.attention", "sgl_hq.patches", "sgl_hq.plugin")),

@@ -17,7 +17,7 @@ _NOTE = (
     "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
     "A lossy format is served after it has passed on your model: sgl-hq gate --model MODEL --format FORMAT. "
     f"hq7 to hq2 are points of a family: {FAMILY_GRAMMAR}; t = K per token, else per channel. "
-    f"Smaller for the same quality: {CALIBRATED_GRAMMAR} --model MODEL. "
+    f"Smaller for the same quality: {CALIBRATED_GRAMMAR}. "
     "'exact' is a serving mode that packs nothing, so it has no row."
 )
 

@@ -239,7 +239,7 @@ def test_the_first_arm_must_be_vanilla():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"arms": ["vanilla", "hq7"]}, "hq7"),
+        ({"arms": ["vanilla", "hq9"]}, "hq9"),
         ({"arms": ["vanilla", "hq6"], "packed_fraction": 1.5}, "1.5"),
         ({"arms": ["vanilla", "hq6"], "pack": "always"}, "always"),
     ],

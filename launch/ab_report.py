@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from sgl_hq import json_file
 from sgl_hq.config import EXACT
 from sgl_hq.launch.ab_compare import VANILLA, Difference
 from sgl_hq.launch.kv_accounts import KvAccounts, Peak
@@ -132,12 +131,7 @@ def paragraph(rows: Sequence[Row]) -> str:
 def write_json(rows: Sequence[Row], facts: dict[str, Any], configuration: dict[str, Any], path: Path) -> None:
     """All rows, each with the facts and the configuration, as one JSON list; the file appears whole or not at all."""
     whole = [{**r, **facts, "configuration": configuration} for r in rows]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    json_file.write_json(whole, path)
 
 
 def _versus(what: str, value: float, reference: float) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sgl_hq.page_format import CALIBRATED_GRAMMAR, FAMILY_GRAMMAR, FORMATS
+from sgl_hq.page_format import CALIBRATED_GRAMMAR, FAMILY_GRAMMAR, FORMATS, STATED_PREFIX_TOKENS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HEAD_DIMS = (64, 128)
-PREFIX_TOKENS = 1024
 
 _NOTE = (
-    f"Bits at a prefix of {PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
+    f"Bits at a prefix of {STATED_PREFIX_TOKENS:,} tokens. Effective: modelled codes and metadata. Stored: bytes really held, "
     "with alignment and one sink slot per sequence. Record: one page of 64 tokens of one layer and kv head. "
     "A lossy format is served after it has passed on your model: sgl-hq gate --model MODEL --format FORMAT. "
     f"hq7 to hq2 are points of a family: {FAMILY_GRAMMAR}; t = K per token, else per channel. "
@@ -54,15 +53,15 @@ def table() -> Table:
 
 def _row(name: str, head_dim: int) -> dict[str, Any]:
     layout = FORMATS[name].layout(head_dim, head_dim)
-    stored_bits = layout.stored_bits_per_value(PREFIX_TOKENS)
+    stored_bits = layout.stored_bits_per_value(STATED_PREFIX_TOKENS)
     return {
         "format": name,
         "head_dim": head_dim,
-        "prefix_tokens": PREFIX_TOKENS,
-        "effective_bits_per_dim": layout.effective_bits_per_dim(PREFIX_TOKENS),
+        "prefix_tokens": STATED_PREFIX_TOKENS,
+        "effective_bits_per_dim": layout.effective_bits_per_dim(STATED_PREFIX_TOKENS),
         "stored_bits_per_value": stored_bits,
         "record_bytes": layout.record_bytes,
         "sink_bytes": layout.sink_bytes,
-        "ratio_to_bf16": FORMATS["bf16"].layout(head_dim, head_dim).stored_bits_per_value(PREFIX_TOKENS) / stored_bits,
+        "ratio_to_bf16": FORMATS["bf16"].layout(head_dim, head_dim).stored_bits_per_value(STATED_PREFIX_TOKENS) / stored_bits,
         "lossy": FORMATS[name].lossy,
     }

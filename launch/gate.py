@@ -21,7 +21,8 @@ from sgl_hq.gate.figures import Trial, summarize
 from sgl_hq.gate.model_digest import model_digest
 from sgl_hq.gate.record import GateRecord, finite_or_null, own_records, write_record
 from sgl_hq.gate.windows import CORE, Window, shipped_digest, shipped_windows, windows_of_files
-from sgl_hq.launch.gate_report import json_object, sentences, smallest_passing, table, write_json
+from sgl_hq.json_file import write_json
+from sgl_hq.launch.gate_report import json_object, sentences, smallest_passing, table
 from sgl_hq.page_format import DEFAULT_LOSSY, LAYOUT_VERSION, calibrated_bits, is_lossy
 
 if TYPE_CHECKING:

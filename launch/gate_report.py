@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -58,16 +55,6 @@ def json_object(facts: dict[str, Any], trials: Mapping[str, Sequence[Trial]], ro
         return facts | found[0]
     smallest = smallest_passing({entry["format"]: entry for entry in found})
     return facts | {"smallest_passing": smallest, "formats": found}
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _number(key: str, digits: int) -> Callable[[Summary], str]:

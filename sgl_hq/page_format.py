@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 LAYOUT_VERSION = 1  # raise it when a record of an existing format gets other bytes: gate records name it
 PAGE_TOKENS = 64
+STATED_PREFIX_TOKENS = 1024  # prefix length at which a format's bits are quoted (formats.md)
 ALIGN_BYTES = 16  # every field and every record starts on a 16-byte boundary: one 128-bit load
 BF16_BYTES = 2
 SCALE_BYTES = 2  # int8: bfloat16, which has float32's exponent range: a float16 scale overflows for |x| > 127 * 65504

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from sgl_hq import __version__
-from sgl_hq.page_format import PAGE_TOKENS, mean_stored_bits
+from sgl_hq.page_format import PAGE_TOKENS, STATED_PREFIX_TOKENS, mean_stored_bits
 
-STATED_PREFIX_TOKENS = 1024  # prefix length at which a format's bits are quoted (formats.md)
 
 
 def describe(scheduler) -> dict[str, Any]:

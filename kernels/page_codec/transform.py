@@ -10,6 +10,7 @@ Dimensions: P pages, 64 tokens a page, H kv heads, D = head_dim or v_head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -93,6 +94,7 @@ def _decode(groups: Groups, levels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return whole / levels, minimum
 
 
+@cache  # unpacking asks for them in every layer of every decode step
 def _levels(layout: PageLayout, side: str, device: torch.device) -> torch.Tensor:
     """`[D] float32`: the largest code of every component."""
     return torch.cat([torch.full((s.end - s.first,), 2.0**s.bits - 1, device=device) for s in layout.spans(side)])

@@ -9,9 +9,7 @@ from sgl_hq.calibration.store import Calibration, CalibrationError, SideCalibrat
 from sgl_hq.calibration.widths import GROUP, allocate_widths
 from sgl_hq.kernels.page_codec import PageCodec
 from sgl_hq.kernels.page_codec.transform import Basis, Transform
-from sgl_hq.page_format import PageFormat, mean_stored_bits
-
-STATED_PREFIX_TOKENS = 1024  # prefix length at which a format's bits are quoted
+from sgl_hq.page_format import STATED_PREFIX_TOKENS, PageFormat, mean_stored_bits
 
 
 def calibrated_codecs(name: str, bits: float, calibration: Calibration, device: str | torch.device = "cpu") -> list[PageCodec]:

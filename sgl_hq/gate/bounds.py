@@ -13,7 +13,6 @@ GATE_VERSION = 1
 PREFIX_TOKENS = (512, 1024, 2048)
 QUICK_PREFIX_TOKENS = (512, 1024)
 STEPS = 32
-STATED_PREFIX_TOKENS = 1024  # prefix length at which a format's bits are quoted, as in `sgl-hq formats`
 TOP_K = 10
 
 # A step's argmax is judged where the dense arm's best logit leads the second by more than this, in nats: closer than that,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_hq.gate.bounds import BOUNDS, STATED_PREFIX_TOKENS, Bound
+from sgl_hq.gate.bounds import BOUNDS, Bound
+from sgl_hq.page_format import STATED_PREFIX_TOKENS
 
 
 @dataclass(frozen=True)

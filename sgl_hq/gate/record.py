@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sgl_hq.config import cache_folder
 from sgl_hq.gate.bounds import GATE_VERSION, PREFIX_TOKENS, STEPS
 from sgl_hq.gate.figures import Trial, summarize
 from sgl_hq.gate.windows import CORE, HOLD_OUT, shipped_digest
+from sgl_hq.json_file import write_json
 from sgl_hq.page_format import LAYOUT_VERSION
 
 SHIPPED = Path(__file__).parent / "records"
@@ -61,12 +61,7 @@ def write_record(record: GateRecord, root: Path) -> Path:
     """The file appears whole or not at all. Raises OSError."""
     path = record_path(root, record.model_digest, record.format)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_json(record.to_json(), path)
     return path
 
 

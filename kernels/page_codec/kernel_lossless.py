@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel_powers import next_power_of_2
+
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
 def pack_lossless(
@@ -33,7 +35,7 @@ def pack_lossless(
         v_values, heads * DV, record, positions, exponents, tail + D // 8, k_runs, DV, False, V_FIELDS, BUDGET
     )
 
-    entry = tl.arange(0, triton.next_power_of_2(BUDGET))
+    entry = tl.arange(0, next_power_of_2(BUDGET))
     k_count, total = 0, 0
     if runs > 0:
         tl.debug_barrier()  # the runs are listed
@@ -75,7 +77,7 @@ def _pack_side(
     escapes to the list: position = number of the run, exponent = which of its values. Returns the runs listed so far.
 
     Tiles are `[32 tokens, runs, 8 channels]`, a run in a thread."""
-    RUNS: tl.constexpr = triton.next_power_of_2(D // 8)
+    RUNS: tl.constexpr = next_power_of_2(D // 8)
     token = tl.arange(0, 32)[:, None, None]
     run = tl.arange(0, RUNS)[None, :, None]
     source = values + token * stride + run * 8 + tl.arange(0, 8)[None, None, :]
@@ -169,21 +171,21 @@ def unpack_lossless(
     record = records + layer.to(tl.int64) * record_layer + page * record_page + head * record_head
     row = (layer.to(tl.int64) * pages + index) * 64 * heads + head
     k_target, v_target, tail = k_out + row * D, v_out + row * DV, record + ESCAPES[2]
-    _unpack_side(record, k_target, heads * D, tail, D, True, K_FIELDS)
-    _unpack_side(record, v_target, heads * DV, tail + D // 8, DV, False, V_FIELDS)
+    unpack_side(record, k_target, heads * D, tail, D, True, K_FIELDS)
+    unpack_side(record, v_target, heads * DV, tail + D // 8, DV, False, V_FIELDS)
     k_count = tl.load(tail + D // 8 + 1).to(tl.int32)
     v_count = tl.load(tail + D // 8 + 2).to(tl.int32)
     tl.debug_barrier()  # the escapes are written over what is there now
-    _restore(record, k_target, heads * D, 0, k_count, D, K_FIELDS, ESCAPES, BUDGET)
-    _restore(record, v_target, heads * DV, k_count, v_count, DV, V_FIELDS, ESCAPES, BUDGET)
+    restore_escapes(record, k_target, heads * D, 0, k_count, D, K_FIELDS, ESCAPES, BUDGET)
+    restore_escapes(record, v_target, heads * DV, k_count, v_count, DV, V_FIELDS, ESCAPES, BUDGET)
 
 
 @triton.jit
-def _unpack_side(
+def unpack_side(
     record, target, stride, bases, D: tl.constexpr, BASE_PER_RUN: tl.constexpr, FIELDS: tl.constexpr
 ):
     """All values; an escape gets some exponent. Two values move as one word, 16 bits each."""
-    W: tl.constexpr = max(16, triton.next_power_of_2(D)) // 4
+    W: tl.constexpr = max(16, next_power_of_2(D)) // 4
     token = tl.arange(0, 64)[:, None]
     column = tl.arange(0, W)[None, :]
     inside = column < D // 4
@@ -210,12 +212,12 @@ def _join_halves(raw, codes, base):
 
 
 @triton.jit
-def _restore(
+def restore_escapes(
     record, target, stride, first, count,
     D: tl.constexpr, FIELDS: tl.constexpr, ESCAPES: tl.constexpr, BUDGET: tl.constexpr,
 ):  # fmt: skip
     """Write entries first .. first + count - 1 of the list."""
-    entry = tl.arange(0, triton.next_power_of_2(BUDGET))
+    entry = tl.arange(0, next_power_of_2(BUDGET))
     mask = (entry >= first) & (entry < first + count)
     position = tl.load((record + ESCAPES[0]).to(tl.pointer_type(tl.uint16)) + entry, mask=mask, other=0).to(tl.int32)
     exponent = tl.load(record + ESCAPES[1] + entry, mask=mask, other=0).to(tl.int32)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .kernel_affine import MAX_MAGNITUDE, encode, fit_groups, join_bytes, rounded
 from .kernel_planes import store_lanes, store_runs
+from .kernel_powers import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
@@ -59,7 +60,7 @@ def _pack_by_channel(
     D: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, META: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """A group is a channel over the tokens. Tile `run` of eight holds tokens 8 run .. 8 run + 7, `[8, WIDTH]`."""
-    WIDTH: tl.constexpr = max(16, triton.next_power_of_2(D))
+    WIDTH: tl.constexpr = max(16, next_power_of_2(D))
     token = tl.arange(0, 8)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     tiles = ()
@@ -187,8 +188,8 @@ def _store_groups(
 @triton.jit
 def _copy_sink(values, stride, sink, sink_tokens, SINK_TOKENS: tl.constexpr, D: tl.constexpr):
     """The first tokens of the sequence, as they are; nothing if `sink_tokens` is 0."""
-    token = tl.arange(0, triton.next_power_of_2(SINK_TOKENS))[:, None]
-    channel = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    token = tl.arange(0, next_power_of_2(SINK_TOKENS))[:, None]
+    channel = tl.arange(0, next_power_of_2(D))[None, :]
     mask = (token < sink_tokens) & (channel < D)
     exact = tl.load(values.to(tl.pointer_type(tl.int16)) + token * stride + channel, mask=mask)
     tl.store(sink.to(tl.pointer_type(tl.int16)) + token * D + channel, exact, mask=mask)

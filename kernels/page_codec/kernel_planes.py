@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel_powers import next_power_of_2
+
 
 @triton.jit
 def store_runs(words, target, mask, D: tl.constexpr, WIDTH: tl.constexpr, BASE: tl.constexpr):
@@ -29,7 +31,7 @@ def store_lanes(words, plane, lane, WORDS: tl.constexpr, WIDTH: tl.constexpr, BA
     transpose of a SLOTS x SLOTS matrix of fields in log2(SLOTS) exchanges.
     """
     SLOTS: tl.constexpr = 8 // WIDTH
-    RUN: tl.constexpr = min(4, triton.next_power_of_2(max(1, WORDS // SLOTS) + 1) // 2)  # words a lane gets in a row
+    RUN: tl.constexpr = min(4, next_power_of_2(max(1, WORDS // SLOTS) + 1) // 2)  # words a lane gets in a row
     first = lane % 8 // WIDTH * RUN
     row = plane + (lane // 8 + lane % WIDTH * 8) * WORDS
     for group in tl.static_range(0, WORDS, SLOTS * RUN):

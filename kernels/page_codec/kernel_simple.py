@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .kernel_affine import MAX_MAGNITUDE, TINY, bf16_ceil
+from .kernel_powers import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["dense_pages", "packed_pages"])
@@ -31,7 +32,7 @@ def pack_simple(
 @triton.jit
 def _pack_side(source, stride, record, flag, D: tl.constexpr, INT8: tl.constexpr, FIELDS: tl.constexpr):
     token = tl.arange(0, 64)
-    channel = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    channel = tl.arange(0, next_power_of_2(D))[None, :]
     at = token[:, None] * D + channel
     source += token[:, None] * stride + channel
     if INT8:
@@ -70,7 +71,7 @@ def unpack_simple(
 @triton.jit
 def _unpack_side(record, target, stride, D: tl.constexpr, INT8: tl.constexpr, FIELDS: tl.constexpr):
     token = tl.arange(0, 64)
-    channel = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    channel = tl.arange(0, next_power_of_2(D))[None, :]
     at = token[:, None] * D + channel
     target += token[:, None] * stride + channel
     if INT8:

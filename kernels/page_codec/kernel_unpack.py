@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel_powers import next_power_of_2
+
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["packed_pages"])
 def unpack_affine(
@@ -46,7 +48,7 @@ def _unpack_side(
     SINK_TOKENS: tl.constexpr, HAS_SINK: tl.constexpr,
 ):  # fmt: skip
     """Records first .. last - 1 of one side, counted page by page and head by head."""
-    WIDTH: tl.constexpr = max(16, triton.next_power_of_2(D))
+    WIDTH: tl.constexpr = max(16, next_power_of_2(D))
     BLOCK: tl.constexpr = D & -D
     ROOT: tl.constexpr = BLOCK**0.5
     token = tl.arange(0, 64)
@@ -59,14 +61,14 @@ def _unpack_side(
         record = records + page * record_page + head * record_head
         target = out + (index.to(tl.int64) * 64 * heads + head) * D
         sink_tokens = tl.where(index == 0, SINK_TOKENS, 0) if HAS_SINK else 0
-        codes = _codes(record, token[:, None], tl.arange(0, WIDTH // 4)[None, :], D, PLANES)
+        codes = codes_of(record, token[:, None], tl.arange(0, WIDTH // 4)[None, :], D, PLANES)
         if BY_TOKEN:
-            scale, minimum = _groups(record, token, 64, META, RANGES)
+            scale, minimum = groups_of(record, token, 64, META, RANGES)
             rotated = tl.dot(codes.to(tl.float16), matrix) * (scale * (1 / ROOT))[:, None]
             constant = (minimum * ROOT)[:, None]
             values = tl.where(channel[None, :] % BLOCK == 0, rotated + constant, rotated)
         else:
-            scale, minimum = _groups(record, channel, D, META, RANGES)
+            scale, minimum = groups_of(record, channel, D, META, RANGES)
             values = tl.fma(codes, scale[None, :], minimum[None, :])
         where = target + token[:, None] * (heads * D) + channel[None, :]
         tl.store(where, values.to(tl.bfloat16), mask=(token[:, None] >= sink_tokens) & (channel[None, :] < D))
@@ -75,7 +77,7 @@ def _unpack_side(
 
 
 @triton.jit
-def _codes(record, token, column, D: tl.constexpr, PLANES: tl.constexpr):
+def codes_of(record, token, column, D: tl.constexpr, PLANES: tl.constexpr):
     """`[64, WIDTH] float32`; token `[64, 1]`, column `[1, WIDTH / 4]`: of the words of a row."""
     W: tl.constexpr = column.shape[1]
     word = tl.zeros((64, W), tl.int32)
@@ -105,7 +107,7 @@ def _part(plane, token, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _groups(record, group, COUNT: tl.constexpr, META: tl.constexpr, RANGES: tl.constexpr):
+def groups_of(record, group, COUNT: tl.constexpr, META: tl.constexpr, RANGES: tl.constexpr):
     """(scale, minimum), `[N] float32`. code * step is exact, so each is rounded once."""
     ranges = (record + RANGES).to(tl.pointer_type(tl.bfloat16))
     scale_codes = tl.load(record + META[0] + group, mask=group < COUNT, other=0).to(tl.float32)
@@ -118,8 +120,8 @@ def _groups(record, group, COUNT: tl.constexpr, META: tl.constexpr, RANGES: tl.c
 @triton.jit
 def _copy_sink(sink, target, stride, sink_tokens, SINK_TOKENS: tl.constexpr, D: tl.constexpr):
     """The first tokens of the sequence, as they are; nothing if `sink_tokens` is 0."""
-    token = tl.arange(0, triton.next_power_of_2(SINK_TOKENS))[:, None]
-    channel = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    token = tl.arange(0, next_power_of_2(SINK_TOKENS))[:, None]
+    channel = tl.arange(0, next_power_of_2(D))[None, :]
     mask = (token < sink_tokens) & (channel < D)
     exact = tl.load(sink.to(tl.pointer_type(tl.int16)) + token * D + channel, mask=mask)
     tl.store(target.to(tl.pointer_type(tl.int16)) + token * stride + channel, exact, mask=mask)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from sgl_hq.attention.device_plan import DevicePlan
 from sgl_hq.attention.merge import empty_state, merge_into
 from sgl_hq.attention.plan import PackedPlan
 from sgl_hq.kernels.grouped_attention import attend_group
+from sgl_hq.kernels.grouped_attention.launcher import grouped_attention, merge
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import AttnState
 
@@ -26,6 +28,26 @@ class HQRadixAttention(RadixAttention):
             k, v = pool.packed.read(layer, group.pages, group.first_page)
             merge_into(state, group.q_rows, attend_group(q[group.q_rows], k, v, self.scaling))
         return state
+
+    def finish_with_packed(
+        self, q: torch.Tensor, dense_o: torch.Tensor, dense_lse: torch.Tensor, base2: bool, plan: DevicePlan, pool: HQTokenToKVPool,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attend the packed pages of `plan` on the GPU and join them with the dense state of the same rows.
+
+        q: [rows, q_heads, head_dim] bf16, already rotated. dense_o: [rows, q_heads, v_head_dim] bf16 or float32; dense_lse: [rows,
+        q_heads] float32 of any strides, base 2 if `base2` (FlashInfer), else natural. Returns [rows, q_heads * v_head_dim] of q.dtype,
+        `out` if given. Three kernels, no synchronisation.
+        """
+        layer, tier, layout = self.layer_id - pool.start_layer, pool.packed, plan.layout
+        q = q.contiguous()
+        grouped_attention(q, tier.records[layer], layout, plan.work, self.scaling)
+        sinks = tier.sink_slots[layer] if layout.fmt.sink_tokens else None
+        out = torch.empty_like(q) if out is None else out.view(q.shape)
+        merge(
+            q, plan.work, layout, self.scaling, sinks=sinks, dense_o=dense_o.contiguous(), dense_lse=dense_lse, base2=base2, out=out
+        )
+        return out.flatten(1)
 
     def why_not_packable(self) -> str | None:
         """The reason this layer cannot read a packed prefix, or None. Checked before the first request."""

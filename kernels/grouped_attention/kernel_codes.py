@@ -1,0 +1,164 @@
+"""Device code: the codes and scales of a packed page as both grouped kernels read them.
+
+A page is cut into four tiles of 16 tokens and its words into even and odd channels: tile j of a plane of width w is a block
+of its rows at one shift, for every w (kernels/README.md, "Bit order"); the slots of the 1-bit plane have 8 tokens, so its
+rows are read twice, once for each half of a tile (`planes`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernel_fields import field, join_field
+
+TILE = tl.constexpr(16)  # tokens
+NO_SCORE = tl.constexpr(-1.0e30)  # score of a token that is not attended
+PEAK = tl.constexpr(2.0**14)  # largest magnitude of a float16 operand: sums of its products stay far below float32's range
+
+
+@triton.jit
+def rows_of(start, first, word, HALF: tl.constexpr):
+    """Rows first .. first + 15 of a plane of words, `[TILE, HALF] int16`; start: its first byte."""
+    row = first + tl.arange(0, TILE)
+    return tl.load(start.to(tl.pointer_type(tl.int16)) + row[:, None] * HALF + word[None, :])
+
+
+@triton.jit
+def planes(record, word, HALF: tl.constexpr, BITS: tl.constexpr, OFFSETS: tl.constexpr, PTX: tl.constexpr):
+    """Four tiles of words. 8 bits: those of the plane. Else two tiles of the 4-bit plane, the 2-bit plane, and the 1-bit
+    plane as if its slots had 16 tokens: slot 2 j + 1 of its eight rows is moved beside slot 2 j. What BITS has not is filled
+    up with another tile."""
+    if BITS == 8:
+        a = rows_of(record + OFFSETS[0], 0, word, HALF)
+        b = rows_of(record + OFFSETS[0], 16, word, HALF)
+        c = rows_of(record + OFFSETS[0], 32, word, HALF)
+        d = rows_of(record + OFFSETS[0], 48, word, HALF)
+    else:
+        if BITS >= 4:
+            a = rows_of(record + OFFSETS[0], 0, word, HALF)
+            b = rows_of(record + OFFSETS[0], 16, word, HALF)
+            c = a
+        if BITS & 2:
+            c = rows_of(record + OFFSETS[1 if BITS >= 4 else 0], 0, word, HALF)
+            if BITS < 4:
+                a = c
+                b = c
+        d = a
+        if BITS & 1:
+            row = tl.arange(0, TILE)[:, None]
+            start = (record + OFFSETS[-1]).to(tl.pointer_type(tl.int16)) + row % 8 * HALF + word[None, :]
+            d = join_field(tl.load(start, mask=row >= 8, other=0), tl.load(start, mask=row < 8, other=0), 1, 0xFFFF, PTX)
+    return a, b, c, d
+
+
+@triton.jit
+def codes(a, b, c, d, J: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, FLIP: tl.constexpr, PTX: tl.constexpr):
+    """Codes of tile J, even or odd (HIGH) channels, divided by `lift`: int16 whose float16 is code * 2**-24. FLIP: bits of
+    an 8-bit code to invert (128 makes an int8 code + 128)."""
+    if BITS == 8:
+        return field(a if J == 0 else b if J == 1 else c if J == 2 else d, 8 * HIGH, 0xFF, FLIP, PTX)
+    elif BITS == 4:  # in place: no shift within a byte
+        return field(a if J % 2 == 0 else b, 8 * HIGH, 0xF << (4 * (J // 2)), 0, PTX)
+    else:
+        if BITS >= 4:
+            out = field(a if J % 2 == 0 else b, 4 * (J // 2) + 8 * HIGH, 0xF, 0, PTX)
+            if BITS & 2:
+                out = join_field(c, out, 2 * J + 8 * HIGH - 4, 0x30, PTX)
+        else:
+            out = field(c, 2 * J + 8 * HIGH, 3, 0, PTX)
+        if BITS & 1:
+            UP: tl.constexpr = BITS & 6
+            out = join_field(d, out, 2 * J + 8 * HIGH - UP, 1 << UP, PTX)
+        return out
+
+
+@triton.constexpr_function
+def lift(j: int, bits: int) -> float:
+    """What `codes` of tile j must be multiplied by."""
+    return 1 / 16 if bits == 4 and j >= 2 else 1.0
+
+
+@triton.jit
+def side_ranges(record, KIND: tl.constexpr, META: tl.constexpr):
+    """The ranges of K and of V of an affine page, 8 bytes each as int64; of another kind, nothing in their place."""
+    if KIND == "affine":
+        start = (record + META[4]).to(tl.pointer_type(tl.int64))
+        return tl.load(start), tl.load(start + 1)
+    else:
+        return tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+
+
+@triton.jit
+def four(bits):
+    """(scale base, scale step, minimum base, minimum step), float32, of a side's ranges."""
+    low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
+    return (
+        (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True),
+        (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def largest_byte(words):
+    """The largest byte of int32 words, float32."""
+    low = tl.maximum(words & 0xFF, (words >> 8) & 0xFF)
+    return tl.max(tl.maximum(low, tl.maximum((words >> 16) & 0xFF, (words >> 24) & 0xFF)), 0).to(tl.float32)
+
+
+@triton.jit
+def number(byte):
+    """uint8 as float32: put under the exponent of 2**23, cheaper than a conversion."""
+    return (byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest power of two not above positive normal float32 x."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def _ptx_restore(shift: int, high: bool) -> str:
+    """bfloat16 of two values: raw words $1, words of the exponent plane $2, (base << 7) | 0x8000 in both halves $3."""
+    move = f"shr.u32 e, $2, {shift};" if shift > 0 else f"shl.b32 e, $2, {-shift};"
+    split = "shr.u32 m, $1, 8; mov.b32 s, $1;" if high else "mov.b32 m, $1; shl.b32 s, $1, 8;"
+    return (
+        "{ .reg .b32 e, m, s; "
+        + move
+        + " and.b32 e, e, 0x07800780; sub.u32 e, $3, e; "
+        + split
+        + " and.b32 m, m, 0x007F007F; lop3.b32 m, e, 0x7F807F80, m, 0xEA; lop3.b32 $0, s, 0x80008000, m, 0xEA; }"
+    )
+
+
+@triton.jit
+def restore(raw, plane, guard, SHIFT: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr):
+    """Lossless values of one parity, bfloat16, from words of sign and mantissa, words of the exponent plane, whose field
+    is SHIFT bits up, and guard = (base << 7) | 0x8000. The bit on top is borrowed by escapes with a small base."""
+    if PTX:
+        text: tl.constexpr = _ptx_restore(SHIFT - 7, HIGH)
+        bits = tl.inline_asm_elementwise(text, "=r,r,r,r", [raw, plane, guard], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        wide, code = raw.to(tl.int32) & 0xFFFF, ((plane.to(tl.int32) & 0xFFFF) >> SHIFT) & 0xF
+        exponent = ((guard.to(tl.int32) & 0xFFFF) - (code << 7)) & 0x7F80
+        own = wide >> 8 if HIGH else wide
+        bits = (exponent | (own & 0x7F) | (own & 0x80) << 8).to(tl.int16)
+    return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def escapes(record, first, count, D: tl.constexpr, RAW: tl.constexpr, BASES: tl.constexpr, PER_RUN: tl.constexpr, LIST: tl.constexpr):
+    """16 entries of the list from `first`, of which `count` are left: (token, channel, true minus restored value); a token
+    of -1 where there is none. RAW, BASES: byte offsets of the side; LIST: of positions and exponents."""
+    entry = tl.arange(0, 16)
+    listed = entry < count
+    position = tl.load((record + LIST[0]).to(tl.pointer_type(tl.uint16)) + first + entry, mask=listed, other=0).to(tl.int32)
+    exponent = tl.load(record + LIST[1] + first + entry, mask=listed, other=0).to(tl.int32)
+    raw = tl.load(record + RAW + position, mask=listed, other=0).to(tl.int32)
+    token, channel = position // D, position % D
+    base = tl.load(record + BASES + (channel // 8 if PER_RUN else channel * 0), mask=listed, other=0).to(tl.int32)
+    rest = (raw & 0x7F) << 16 | (raw & 0x80) << 24
+    true = (rest | exponent << 23).to(tl.float32, bitcast=True)
+    restored = (rest | ((base - 15) & 0xFF) << 23).to(tl.float32, bitcast=True)
+    return tl.where(listed, token, -1), channel, tl.where(listed, true - restored, 0.0)

@@ -1,0 +1,266 @@
+"""Device code: attention of at most 16 query rows over packed pages, straight from the packed bytes. One warp a program.
+
+The rows of an item are (request, query head) pairs of one kv head, padded to 16: the smallest tile of a tensor core. A
+program walks the pages of its items with the flash recurrence; scales never touch the codes:
+
+    K, scale and minimum per channel:  q . k = sum (q_c scale_c) code_c + sum q_c min_c         folded into q, once a page
+    V, scale and minimum per token:    sum p_t v_t = sum (p_t scale_t) code_t + sum p_t min_t   folded into p
+    int8, a scale per token:           the same without minimum; its codes are read as code + 128
+
+V stays rotated: the merge rotates a row once. Codes are float16 subnormals (kernel_fields.py), q is float16 times a
+power of two, which is exact for bfloat16. `bf16` and `lossless` pages are attended in bfloat16, every bit of K and V kept.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernel_codes import (
+    NO_SCORE, PEAK, TILE, codes, escapes, four, largest_byte, lift, number, planes, power_of_two, restore, rows_of, side_ranges,
+)  # fmt: skip
+from .kernel_fields import CODE_UNIT, dot, exp2, field, half, page_at
+
+ROWS = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["record_page", "record_head", "scale"])
+def attend_small(
+    q, records, work, part_o, part_lse, record_page, record_head, scale,
+    Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, META: tl.constexpr, FIRST: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """q `[rows, Q_HEADS, D] bfloat16`; records `[pages, heads, record_bytes] uint8` of one layer, strides multiples of 16;
+    work: work.py, FIRST = where its program list of this kernel starts; part_o `[parts, Q_HEADS, D]`, part_lse
+    `[parts, Q_HEADS] float32`, base 2. scale: softmax scale times log2(e). FIELDS, META: byte offsets (launcher.py).
+    Grid: PROGRAMS x kv heads."""
+    program, head = tl.program_id(0) % PROGRAMS, tl.program_id(0) // PROGRAMS
+    HALF: tl.constexpr = D // 2
+    base = records + head.to(tl.int64) * record_head
+    row = tl.arange(0, ROWS)
+    q_head = head * GROUP + row % GROUP
+    for at in range(tl.load(work + FIRST + program), tl.load(work + FIRST + program + 1), 8):
+        item = work + at
+        pages, count = work + tl.load(item), tl.load(item + 1)
+        q_rows, rows = work + tl.load(item + 2), tl.load(item + 3) * GROUP
+        part, skip = tl.load(item + 4) + row // GROUP, tl.load(item + 5)
+        inside = row < rows
+        token = tl.load(q_rows + row // GROUP, mask=inside, other=0).to(tl.int64)
+        source = q + (token * Q_HEADS + q_head) * D
+        target = part_o + (part.to(tl.int64) * Q_HEADS + q_head) * D
+        if KIND == "bf16":
+            channel = tl.arange(0, D)
+            query = tl.load(source[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+            o, m, total = _bf16(query, base, pages, count, record_page, scale, D, K_FIELDS, V_FIELDS, STAGES, PTX)
+            tl.store(target[:, None] + channel[None, :], o / total[:, None], mask=inside[:, None])
+        else:
+            pair = 2 * tl.arange(0, HALF)[None, :]
+            even = tl.load(source[:, None] + pair, mask=inside[:, None], other=0.0)
+            odd = tl.load(source[:, None] + pair + 1, mask=inside[:, None], other=0.0)
+            if KIND == "lossless":
+                o0, o1, m, total = _lossless(
+                    even, odd, source, inside, base, pages, count, record_page, scale, D, K_FIELDS, V_FIELDS, META, STAGES, PTX
+                )  # fmt: skip
+            else:
+                o0, o1, m, total = _coded(
+                    even, odd, base, pages, count, skip, record_page, scale, D, KIND, K_BITS, V_BITS, K_FIELDS, V_FIELDS, META,
+                    STAGES, PTX,
+                )  # fmt: skip
+            tl.store(target[:, None] + pair, o0 / total[:, None], mask=inside[:, None])
+            tl.store(target[:, None] + pair + 1, o1 / total[:, None], mask=inside[:, None])
+        tl.store(part_lse + part.to(tl.int64) * Q_HEADS + q_head, m + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def _coded(
+    even, odd, base, pages, count, skip, record_page, scale, D: tl.constexpr, KIND: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, META: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Kinds affine and int8: o of even and of odd channels, running maximum (base 2), sum. META, affine: byte offsets of K
+    scale codes, K minimum codes, V scale codes, V minimum codes, ranges; int8: of K scales, V scales."""
+    HALF: tl.constexpr = D // 2
+    FLIP: tl.constexpr = 0x80 if KIND == "int8" else 0
+    word, token = tl.arange(0, HALF), tl.arange(0, TILE)
+    even, odd = _as_result(even.to(tl.float32), PTX), _as_result(odd.to(tl.float32), PTX)
+    largest = tl.maximum(tl.max(tl.abs(even), 1), tl.max(tl.abs(odd), 1))
+    unit = PEAK / power_of_two(tl.maximum(largest, 2.0**-60))
+    q_sum = tl.sum(even + odd, 1) * scale
+    even, odd = (even * unit[:, None]).to(tl.float16), (odd * unit[:, None]).to(tl.float16)
+    per_unit = scale / unit
+
+    o0, o1 = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
+    shift, total = tl.zeros((ROWS, TILE), tl.float32), tl.zeros((ROWS, TILE), tl.float32)
+    m = tl.full((ROWS,), NO_SCORE, tl.float32)
+    v_unit = 2.0**-100  # o is in units of the largest V scale so far
+    k_ranges, v_ranges = side_ranges(base + page_at(pages, 0, PTX) * record_page, KIND, META)
+    for i in tl.range(0, count, num_stages=STAGES):
+        record = tl.multiple_of(base + page_at(pages, i, PTX) * record_page, 16)
+        k0, k1, k2, k3 = planes(record, word, HALF, K_BITS, K_FIELDS, PTX)
+        v0, v1, v2, v3 = planes(record, word, HALF, V_BITS, V_FIELDS, PTX)
+        if KIND == "affine":
+            # Ranges come a page early, and the words of V's scales and minima bring their bytes to the L1 cache in time.
+            ks_base, ks_step, km_base, km_step = four(k_ranges)
+            vs_base, vs_step, vm_base, vm_step = four(v_ranges)
+            k_ranges, v_ranges = side_ranges(base + page_at(pages, tl.minimum(i + 1, count - 1), PTX) * record_page, KIND, META)
+            v_words = tl.load((record + META[2]).to(tl.pointer_type(tl.int32)) + tl.arange(0, 32))
+            vs_most = vs_base + largest_byte(tl.where(tl.arange(0, 32) < 16, v_words, 0)) * vs_step
+            k_scale = tl.load((record + META[0]).to(tl.pointer_type(tl.int16)) + word)
+            k_min = tl.load((record + META[1]).to(tl.pointer_type(tl.int16)) + word)
+            # Scales relative to twice the page's largest possible one: at most 1/2 in float16.
+            ks_most = tl.maximum(ks_base + 255.0 * ks_step, 2.0**-100)
+            step, offset = (ks_step / ks_most * 2.0**23).to(tl.float16), (ks_base / ks_most * 0.5).to(tl.float16)
+            a0 = even * (half(field(k_scale, 0, 0xFF, 0, PTX)) * step + offset)[None, :]
+            a1 = odd * (half(field(k_scale, 8, 0xFF, 0, PTX)) * step + offset)[None, :]
+            low, high = half(field(k_min, 0, 0xFF, 0, PTX)), half(field(k_min, 8, 0xFF, 0, PTX))
+            mins = dot(even, tl.broadcast_to(low[:, None], (HALF, TILE)), None, PTX)
+            mins = dot(odd, tl.broadcast_to(high[:, None], (HALF, TILE)), mins, PTX)
+            bias = mins * (km_step * CODE_UNIT * per_unit)[:, None] + (km_base * q_sum)[:, None]
+            gain = per_unit * (2.0 * CODE_UNIT * ks_most)
+            s0 = _scores(a0, a1, k0, k1, k2, k3, 0, K_BITS, 0, PTX) * gain[:, None] + bias
+            s1 = _scores(a0, a1, k0, k1, k2, k3, 1, K_BITS, 0, PTX) * gain[:, None] + bias
+            s2 = _scores(a0, a1, k0, k1, k2, k3, 2, K_BITS, 0, PTX) * (gain * lift(2, K_BITS))[:, None] + bias
+            s3 = _scores(a0, a1, k0, k1, k2, k3, 3, K_BITS, 0, PTX) * (gain * lift(3, K_BITS))[:, None] + bias
+            s0 = tl.where((token >= tl.where(i == 0, skip, 0))[None, :], s0, NO_SCORE)
+        else:
+            scales = (record + META[0]).to(tl.pointer_type(tl.bfloat16)) + token
+            gain, bias = (per_unit * CODE_UNIT)[:, None], (-128.0 * q_sum)[:, None]
+            s0 = (_scores(even, odd, k0, k1, k2, k3, 0, 8, FLIP, PTX) * gain + bias) * tl.load(scales).to(tl.float32)[None, :]
+            s1 = (_scores(even, odd, k0, k1, k2, k3, 1, 8, FLIP, PTX) * gain + bias) * tl.load(scales + 16).to(tl.float32)[None, :]
+            s2 = (_scores(even, odd, k0, k1, k2, k3, 2, 8, FLIP, PTX) * gain + bias) * tl.load(scales + 32).to(tl.float32)[None, :]
+            s3 = (_scores(even, odd, k0, k1, k2, k3, 3, 8, FLIP, PTX) * gain + bias) * tl.load(scales + 48).to(tl.float32)[None, :]
+            vs_most = tl.max(tl.load((record + META[1]).to(tl.pointer_type(tl.bfloat16)) + tl.arange(0, 64)).to(tl.float32), 0)
+        m_new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1))
+        keep = exp2(m - m_new, PTX)
+        m = m_new
+        unit_new = tl.maximum(v_unit, vs_most)
+        o_keep = keep * (v_unit / unit_new)
+        v_unit = unit_new
+        o0, o1 = o0 * o_keep[:, None], o1 * o_keep[:, None]
+        shift, total = shift * keep[:, None], total * keep[:, None]
+        for j in tl.static_range(4):
+            p = exp2((s0 if j == 0 else s1 if j == 1 else s2 if j == 2 else s3) - m[:, None], PTX)
+            if KIND == "affine":
+                at = record + TILE * j + token
+                scales = vs_base + number(tl.load(at + META[2])) * vs_step
+                mins = vm_base + number(tl.load(at + META[3])) * vm_step
+            else:
+                scales = tl.load((record + META[1]).to(tl.pointer_type(tl.bfloat16)) + TILE * j + token).to(tl.float32)
+                mins = -128.0 * scales
+            total += p
+            shift += p * mins[None, :]
+            w = (p * (scales * (PEAK / v_unit * lift(j, V_BITS)))[None, :]).to(tl.float16)
+            o0 = dot(w, half(codes(v0, v1, v2, v3, j, 0, V_BITS, FLIP, PTX)), o0, PTX)
+            o1 = dot(w, half(codes(v0, v1, v2, v3, j, 1, V_BITS, FLIP, PTX)), o1, PTX)
+    back, constant = v_unit * (CODE_UNIT / PEAK), tl.sum(shift, 1)[:, None]
+    return o0 * back + constant, o1 * back + constant, m, tl.sum(total, 1)
+
+
+@triton.jit
+def _as_result(x, PTX: tl.constexpr):
+    """`[ROWS, N] float32` in the layout of a tensor-core result, so that it becomes an operand without leaving registers."""
+    return dot(tl.zeros((ROWS, 16), tl.float16), tl.zeros((16, x.shape[1]), tl.float16), x, PTX)
+
+
+@triton.jit
+def _scores(a0, a1, k0, k1, k2, k3, J: tl.constexpr, BITS: tl.constexpr, FLIP: tl.constexpr, PTX: tl.constexpr):
+    s = dot(a0, tl.trans(half(codes(k0, k1, k2, k3, J, 0, BITS, FLIP, PTX))), None, PTX)
+    return dot(a1, tl.trans(half(codes(k0, k1, k2, k3, J, 1, BITS, FLIP, PTX))), s, PTX)
+
+
+@triton.jit
+def _bf16(
+    query, base, pages, count, record_page, scale, D: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Kind bf16: o, running maximum, sum."""
+    token, channel = tl.arange(0, 64), tl.arange(0, D)
+    where = token[:, None] * D + channel[None, :]
+    o = tl.zeros((ROWS, D), tl.float32)
+    m, total = tl.full((ROWS,), NO_SCORE, tl.float32), tl.zeros((ROWS,), tl.float32)
+    for i in tl.range(0, count, num_stages=STAGES):
+        record = tl.multiple_of(base + page_at(pages, i, PTX) * record_page, 16)
+        k = tl.load((record + K_FIELDS[0]).to(tl.pointer_type(tl.bfloat16)) + where)
+        v = tl.load((record + V_FIELDS[0]).to(tl.pointer_type(tl.bfloat16)) + where)
+        s = dot(query, tl.trans(k), None, PTX) * scale
+        m_new = tl.maximum(m, tl.max(s, 1))
+        keep, p = exp2(m - m_new, PTX), exp2(s - m_new[:, None], PTX)
+        m, total = m_new, total * keep + tl.sum(p, 1)
+        o = dot(p.to(tl.bfloat16), v, o * keep[:, None], PTX)
+    return o, m, total
+
+
+@triton.jit
+def _lossless(
+    even, odd, source, inside, base, pages, count, record_page, scale, D: tl.constexpr, K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr, META: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Kind lossless: as `_coded`. FIELDS: byte offsets of raw bytes and exponent plane; META: of the escapes' positions,
+    exponents and tail, and their greatest number. Escapes are attended to as restored, and the difference is added."""
+    HALF: tl.constexpr = D // 2
+    BUDGET: tl.constexpr = META[3]
+    word = tl.arange(0, HALF)
+    even, odd = _as_result(even.to(tl.float32), PTX).to(tl.bfloat16), _as_result(odd.to(tl.float32), PTX).to(tl.bfloat16)
+    o0, o1 = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
+    total = tl.zeros((ROWS, TILE), tl.float32)
+    m = tl.full((ROWS,), NO_SCORE, tl.float32)
+    for i in tl.range(0, count, num_stages=STAGES):
+        record = tl.multiple_of(base + page_at(pages, i, PTX) * record_page, 16)
+        tail = record + META[2]
+        k_count, v_count = tl.load(tail + D // 8 + 1).to(tl.int32), tl.load(tail + D // 8 + 2).to(tl.int32)
+        guard = (tl.load(tail + word // 4).to(tl.int32) << 7 | 0x8000).to(tl.int16)
+        k_plane, k_plane_up = rows_of(record + K_FIELDS[1], 0, word, HALF), rows_of(record + K_FIELDS[1], 16, word, HALF)
+        s = ()
+        for j in tl.static_range(4):
+            raw = rows_of(record + K_FIELDS[0], TILE * j, word, HALF)
+            tile = k_plane if j % 2 == 0 else k_plane_up
+            bases = tl.broadcast_to(guard[None, :], raw.shape)
+            part = dot(even, tl.trans(restore(raw, tile, bases, 4 * (j // 2), False, PTX)), None, PTX)
+            s = s + (dot(odd, tl.trans(restore(raw, tile, bases, 4 * (j // 2) + 8, True, PTX)), part, PTX),)
+        s0, s1, s2, s3 = s[0], s[1], s[2], s[3]
+        for first in tl.static_range(0, BUDGET, 16):
+            if k_count > first:
+                token, channel, change = escapes(record, first, k_count - first, D, K_FIELDS[0], META[2], True, META)
+                picked = tl.load(source[:, None] + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+                picked = (picked * change[None, :]).to(tl.bfloat16)
+                s0 = dot(picked, _hot(token, 0), s0, PTX)
+                s1 = dot(picked, _hot(token, 16), s1, PTX)
+                s2 = dot(picked, _hot(token, 32), s2, PTX)
+                s3 = dot(picked, _hot(token, 48), s3, PTX)
+        s0, s1, s2, s3 = s0 * scale, s1 * scale, s2 * scale, s3 * scale
+        m_new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1))
+        keep = exp2(m - m_new, PTX)
+        m = m_new
+        o0, o1, total = o0 * keep[:, None], o1 * keep[:, None], total * keep[:, None]
+        guard = (tl.load(tail + D // 8).to(tl.int32) << 7 | 0x8000).to(tl.int16)
+        v_plane, v_plane_up = rows_of(record + V_FIELDS[1], 0, word, HALF), rows_of(record + V_FIELDS[1], 16, word, HALF)
+        p = ()
+        for j in tl.static_range(4):
+            weight = exp2((s0 if j == 0 else s1 if j == 1 else s2 if j == 2 else s3) - m[:, None], PTX)
+            total += weight
+            weight = weight.to(tl.bfloat16)
+            p = p + (weight,)
+            raw = rows_of(record + V_FIELDS[0], TILE * j, word, HALF)
+            tile = v_plane if j % 2 == 0 else v_plane_up
+            bases = tl.zeros((TILE, HALF), tl.int16) + guard
+            o0 = dot(weight, restore(raw, tile, bases, 4 * (j // 2), False, PTX), o0, PTX)
+            o1 = dot(weight, restore(raw, tile, bases, 4 * (j // 2) + 8, True, PTX), o1, PTX)
+        for first in tl.static_range(0, BUDGET, 16):
+            if v_count > first:
+                token, channel, change = escapes(
+                    record, k_count + first, v_count - first, D, V_FIELDS[0], META[2] + D // 8, False, META
+                )
+                of = dot(p[0], tl.trans(_hot(token, 0)), None, PTX)
+                of = dot(p[1], tl.trans(_hot(token, 16)), of, PTX)
+                of = dot(p[2], tl.trans(_hot(token, 32)), of, PTX)
+                of = (dot(p[3], tl.trans(_hot(token, 48)), of, PTX) * change[None, :]).to(tl.bfloat16)
+                o0 = dot(of, (channel[:, None] == 2 * word[None, :]).to(tl.bfloat16), o0, PTX)
+                o1 = dot(of, (channel[:, None] == 2 * word[None, :] + 1).to(tl.bfloat16), o1, PTX)
+    return o0, o1, m, tl.sum(total, 1)
+
+
+@triton.jit
+def _hot(token, FIRST: tl.constexpr):
+    """`[entries, TILE] bfloat16`: 1 where the entry's token is FIRST + column."""
+    return (token[:, None] == FIRST + tl.arange(0, TILE)[None, :]).to(tl.bfloat16)

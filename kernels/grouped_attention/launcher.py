@@ -1,0 +1,260 @@
+"""Grouped attention over packed pages: plan, kernels for few and for many rows, one merge. FlashInfer's conventions at the border.
+
+    work = plan_pages(qo_indptr, kv_indptr, kv_indices, kv_last_page_len, q_heads=28, kv_heads=4, ...)
+    grouped_attention(q, records, layout, work, scale)
+    merge(q, work, layout, scale, out=out)                  # with a dense state: its (o, lse) joins in the same kernel
+
+Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgl_hq.kernels.page_codec.hadamard import block_size, sign_matrix
+from sgl_hq.page_format import PAGE_TOKENS, PageLayout, plane_widths
+
+from .work import LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, lay_out
+
+LOG2_E = 1.4426950408889634
+KINDS = ("bf16", "lossless", "int8", "affine")
+HEAD_DIMS = (64, 128)
+# Two pages are under way: one is read while the next one comes. Programs an SM runs at a time follow from that, and from
+# registers: 255 a thread.
+_SMALL = {"num_warps": 1, "STAGES": 3}
+_LARGE = {"num_warps": 8, "STAGES": 3}
+_SMALL_PER_SM, _LARGE_PER_SM = 8, 1
+_SHARED_BYTES = 220 << 10
+_INTERPRETED_SMS = 2
+_MERGE_PROGRAMS = 256  # about two an SM
+_EXPAND_PER_SM = 8
+SCRATCH_PAGES = 1024  # pages of large groups that a forward may have; the rest is read in small tiles
+
+
+class WorkOverflow(ValueError):
+    """A plan does not fit the buffers of a fixed-size `Work`."""
+
+
+@dataclass
+class Work:
+    """Device buffers of a plan. words `[n] int32` (work.py); part_o `[parts, q_heads, head_dim]`, part_lse `[parts, q_heads]`
+    float32: what the kernels write and the merge reads. scratch `[pages, kv_heads, 2, 64, head_dim] bfloat16`: pages expanded
+    for large tiles, layer after layer; empty for bf16."""
+
+    grid: Grid
+    max_rows: int
+    kv_heads: int
+    words: torch.Tensor
+    part_o: torch.Tensor
+    part_lse: torch.Tensor
+    scratch: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.words, self.part_o, self.part_lse, self.scratch))
+
+
+def why_not(layout: PageLayout, q_heads: int, kv_heads: int) -> str | None:
+    """The reason these kernels cannot read pages of `layout`, or None."""
+    fmt = layout.fmt
+    if fmt.kind not in KINDS:
+        return f"format {fmt.name} has no GPU kernel yet"
+    if fmt.kind == "affine" and fmt.k_group != "channel":
+        return f"format {fmt.name} scales K per token, and only K per channel has a GPU kernel"
+    if layout.head_dim != layout.v_head_dim or layout.head_dim not in HEAD_DIMS:
+        return f"head_dim is {layout.head_dim} and {layout.v_head_dim} for K and V; the kernels have {HEAD_DIMS}"
+    if q_heads % kv_heads or q_heads // kv_heads > SMALL_ROWS:
+        return f"{q_heads} query heads on {kv_heads} kv heads; up to {SMALL_ROWS} may share one"
+    return None
+
+
+def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Grid:
+    """Programs of both kernels for one GPU."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS
+    one_bit = sum(bits & 1 for bits in (layout.fmt.k_bits, layout.fmt.v_bits)) if layout.fmt.kind == "affine" else 0
+    buffers = 2 * (layout.record_bytes + one_bit * 24 * layout.head_dim)  # the rows of a 1-bit plane lie there four times
+    per_sm = max(1, min(_SMALL_PER_SM, _SHARED_BYTES // buffers))
+    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), q_heads // kv_heads)
+
+
+def make_work(groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Work:
+    """Plan `groups` into fresh buffers."""
+    grid = make_grid(layout, q_heads, kv_heads, device)
+    expands = layout.fmt.kind != "bf16"
+    words, parts = lay_out(groups, max_rows, grid, layout.fmt.sink_tokens, SCRATCH_PAGES if expands else None)
+    pages = int(words[grid.sections(max_rows)[4] + 1])
+    part_o = torch.empty((parts, q_heads, layout.head_dim), dtype=torch.float32, device=device)
+    part_lse = torch.empty((parts, q_heads), dtype=torch.float32, device=device)
+    scratch = make_scratch(layout, kv_heads, pages, device)
+    return Work(grid, max_rows, kv_heads, torch.from_numpy(words).to(device), part_o, part_lse, scratch)
+
+
+def make_scratch(layout: PageLayout, kv_heads: int, pages: int, device: torch.device) -> torch.Tensor:
+    """Room for `pages` expanded pages of one layer."""
+    return torch.empty((pages, kv_heads, 2, PAGE_TOKENS, layout.head_dim), dtype=torch.bfloat16, device=device)
+
+
+def plan_pages(
+    qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_last_page_len: torch.Tensor,
+    *, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device | str, sinks: list[int] | None = None,
+) -> Work:  # fmt: skip
+    """FlashInfer's paged layout, all int32: group i has query rows qo_indptr[i]:qo_indptr[i+1] and reads the pages
+    kv_indices[kv_indptr[i]:kv_indptr[i+1]]. Rows may occur in one group only.
+
+    sinks: slot of each group's first tokens, -1 for none. Raises ValueError if a last page is not full (packed pages
+    are) or the kernels cannot read `layout`.
+    """
+    reason = why_not(layout, q_heads, kv_heads)
+    if reason:
+        raise ValueError(reason)
+    qo, kv, indices, last = (np.asarray(x.cpu()) for x in (qo_indptr, kv_indptr, kv_indices, kv_last_page_len))
+    if (last[np.diff(kv) > 0] != PAGE_TOKENS).any():
+        raise ValueError(f"kv_last_page_len must be {PAGE_TOKENS}: only whole pages are packed")
+    slots = [-1] * (len(qo) - 1) if sinks is None else sinks
+    groups = [
+        RowGroup(indices[kv[i] : kv[i + 1]], np.arange(qo[i], qo[i + 1]), slots[i]) for i in range(len(qo) - 1)
+    ]
+    return make_work(groups, int(qo[-1]), layout, q_heads, kv_heads, torch.device(device))
+
+
+def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
+    """Attention of every group's rows over its pages, into the parts of `work`. Affine V stays rotated there.
+
+    q: `[rows, q_heads, head_dim] bfloat16`, contiguous. records: `[pages, kv_heads, record_bytes] uint8` of one layer.
+    scale: softmax scale. Raises ValueError for wrong shapes.
+    """
+    from .kernel_expand import expand_pages
+    from .kernel_large import attend_large
+    from .kernel_small import attend_small
+
+    _check(q, records, layout, work)
+    grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
+    first_small, first_large, _, _, expand = grid.sections(work.max_rows)
+    parts = (work.part_o, work.part_lse)
+    shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
+    attend_small[(grid.small * heads,)](
+        q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=first_small,
+        PROGRAMS=grid.small, **_SMALL,
+    )  # fmt: skip
+    if kind == "bf16":
+        pages = records.view(torch.bfloat16)
+    else:
+        pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
+        expand_pages[(programs,)](
+            records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
+            FIRST=expand, PROGRAMS=programs, num_warps=4,
+        )  # fmt: skip
+    attend_large[(grid.large * heads,)](
+        q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=first_large, PROGRAMS=grid.large,
+        ROWS=LARGE_ROWS, SINKS=layout.fmt.sink_tokens > 0, **_LARGE,
+    )  # fmt: skip
+
+
+def merge(
+    q: torch.Tensor, work: Work, layout: PageLayout, scale: float, *, sinks: torch.Tensor | None = None,
+    dense_o: torch.Tensor | None = None, dense_lse: torch.Tensor | None = None, base2: bool = True,
+    out: torch.Tensor | None = None, out_lse: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Join the parts of every row with its sinks and, if given, its dense state.
+
+    sinks: `[slots, kv_heads, sink_bytes] uint8` of one layer, needed if the format keeps sinks. dense_o: `[rows, q_heads, head_dim]`
+    contiguous; dense_lse: `[rows, q_heads] float32` of any strides, -inf = no dense token; base2: it is base 2
+    (FlashInfer), else natural (SGLang, FA3). out: as q, allocated if None; out_lse: `[rows, q_heads] float32` for the
+    joined log-sum-exp, base 2: with it the result is a state that `flashinfer.merge_state` takes.
+    """
+    from .kernel_merge import merge_states
+
+    fmt, rows = layout.fmt, q.shape[0]
+    if rows > work.max_rows:
+        raise ValueError(f"q has {rows} rows, the plan was made for {work.max_rows}")
+    if fmt.sink_tokens and sinks is None:
+        raise ValueError(f"format {fmt.name} keeps sinks: give their slots")
+    out = torch.empty_like(q) if out is None else out
+    if not rows:
+        return out
+    _, _, row_words, sink_words, _ = work.grid.sections(work.max_rows)
+    rotated = fmt.kind == "affine"
+    signs = _signs(layout.v_head_dim, q.device) if rotated else q
+    slot_strides = sinks.stride()[:2] if fmt.sink_tokens else (0, 0)
+    lse_strides = (0, 0) if dense_lse is None else dense_lse.stride()
+    together = _heads_together(rows, work)
+    merge_states[(rows, work.kv_heads // together)](
+        q, work.words, work.part_o, work.part_lse, sinks if fmt.sink_tokens else q, signs, q if dense_o is None else dense_o,
+        q if dense_lse is None else dense_lse, out, q if out_lse is None else out_lse, scale * LOG2_E, row_words, sink_words,
+        *slot_strides, *lse_strides, Q_HEADS=q.shape[1], GROUP=work.grid.group, KV_HEADS=together, D=layout.v_head_dim,
+        BLOCK=block_size(layout.v_head_dim) if rotated else 0, SINK_TOKENS=fmt.sink_tokens, HAS_DENSE=dense_o is not None,
+        BASE_2=base2, WRITE_LSE=out_lse is not None, PTX=q.is_cuda, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _heads_together(rows: int, work: Work) -> int:
+    """kv heads of one program of the merge: what they share, the sign matrix above all, is read once; but fill the GPU."""
+    together = 1
+    while work.kv_heads % (2 * together) == 0 and rows * work.kv_heads // (2 * together) >= _MERGE_PROGRAMS and (
+        2 * together * work.grid.group <= 2 * SMALL_ROWS
+    ):
+        together *= 2
+    return together
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(layout: PageLayout) -> dict[str, Any]:
+    """Byte offsets of a record's fields, as constants of the kernels."""
+    fmt = layout.fmt
+    out: dict[str, Any] = {"KIND": fmt.kind, "K_BITS": 0, "V_BITS": 0, "META": (0,)}
+    if fmt.kind == "affine":
+        fields = [tuple(layout[f"{s}_plane{w}"].offset for w in plane_widths(b)) for s, b in (("k", fmt.k_bits), ("v", fmt.v_bits))]
+        meta = tuple(layout[name].offset for name in ("k_scale", "k_min", "v_scale", "v_min", "ranges"))
+        out |= {"K_BITS": fmt.k_bits, "V_BITS": fmt.v_bits, "META": meta}
+    elif fmt.kind == "int8":
+        fields = [(layout[f"{s}_codes"].offset,) for s in "kv"]
+        out |= {"K_BITS": 8, "V_BITS": 8, "META": (layout["k_scale"].offset, layout["v_scale"].offset)}
+    elif fmt.kind == "lossless":
+        fields = [(layout[f"{s}_raw"].offset, layout[f"{s}_exp"].offset) for s in "kv"]
+        out |= {"META": (*(field.offset for field in layout.escape_fields), layout.escape_budget)}
+    else:
+        fields = [(layout[s].offset,) for s in "kv"]
+    return out | {"K_FIELDS": fields[0], "V_FIELDS": fields[1]}
+
+
+@functools.lru_cache(maxsize=16)
+def _expand_constants(layout: PageLayout) -> dict[str, Any]:
+    """The same for kernel_expand.py, whose planes are (width, bits below, offset) as in page_codec/launcher.py."""
+    fmt = layout.fmt
+    out: dict[str, Any] = {"K_META": (0,), "V_META": (0,), "RANGES": 0, "ESCAPES": (0,), "BUDGET": 0}
+    if fmt.kind == "affine":
+        for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits)):
+            widths = plane_widths(bits)
+            below = [sum(widths[:i]) for i in range(len(widths))]
+            planes = zip(widths, below, (layout[f"{side}_plane{w}"].offset for w in widths), strict=True)
+            out[f"{side}_planes".upper()] = tuple(planes)
+            out[f"{side}_meta".upper()] = (layout[f"{side}_scale"].offset, layout[f"{side}_min"].offset)
+        return out | {"RANGES": layout["ranges"].offset}
+    names = ("raw", "exp") if fmt.kind == "lossless" else ("codes", "scale")
+    out |= {f"{side}_planes".upper(): tuple(layout[f"{side}_{name}"].offset for name in names) for side in "kv"}
+    if fmt.kind == "lossless":
+        out |= {"ESCAPES": tuple(field.offset for field in layout.escape_fields), "BUDGET": layout.escape_budget}
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(dim: int, device: torch.device) -> torch.Tensor:
+    return sign_matrix(dim, device).to(torch.bfloat16)
+
+
+def _check(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work) -> None:
+    if q.dim() != 3 or q.shape[2] != layout.head_dim or q.dtype != torch.bfloat16 or not q.is_contiguous():
+        raise ValueError(f"q is {list(q.shape)} {q.dtype}; expected contiguous [rows, q_heads, {layout.head_dim}] bfloat16")
+    expected = [work.kv_heads, layout.record_bytes]
+    if records.dim() != 3 or list(records.shape[1:]) != expected or records.dtype != torch.uint8:
+        raise ValueError(f"records are {list(records.shape)} {records.dtype}; expected [pages, {', '.join(map(str, expected))}] uint8")
+    if records.stride(2) != 1 or any(n % 16 for n in (records.data_ptr(), *records.stride()[:2])):
+        raise ValueError("records must start on multiples of 16 bytes, with their bytes in a row")
+    if q.shape[1] != work.grid.group * work.kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, the plan was made for {work.grid.group * work.kv_heads}")

@@ -1,0 +1,118 @@
+"""The plan of a forward on a GPU: which packed pages are read for which query rows, as the lists the kernels walk.
+
+Made on the host from the radix paths of the batch (`grouping.py`) and uploaded with one copy, only when the batch or the
+packed runs changed. The plan of decode graphs has buffers of fixed size and address; the one for eager forwards grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sgl_hq.attention.grouping import group_rows
+from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, WorkOverflow, make_grid, make_scratch
+from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out
+from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.pool.packed_tier import PackedTier
+from sgl_hq.records import PackedRun
+
+# Parts a row of a decode graph may have on average: levels of sharing along its path, before splitting over programs.
+LEVELS = 16
+_STAGES = 3  # uploads that may be in flight: an earlier graph replay may not have taken its lists yet
+
+
+class DevicePlan:
+    """work: what `layer.finish_with_packed` gives to the kernels. tokens_read, tokens_attended: packed tokens of the last
+    `set`, once per group and once per request."""
+
+    def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
+        """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good.
+        scratch: that of another plan that never runs at the same time, to be shared."""
+        self._tier, self._q_heads, self._graph = tier, q_heads, graph
+        self.layout = tier.codecs[0].layout
+        self._device = tier.records[0].device
+        self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
+        self.tokens_read = self.tokens_attended = 0
+        self._current: tuple[list[PackedRun], list[int]] | None = None
+        self._staging: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        expands = self.layout.fmt.kind != "bf16"
+        room = min(SCRATCH_PAGES, tier.sizes.packed_pages) if expands else 0
+        self._room = room if expands else None
+        self._shares_scratch = scratch is not None
+        self._scratch = make_scratch(self.layout, tier.shape.kv_heads, room, self._device) if scratch is None else scratch
+        parts = LEVELS * max_rows + self._split_parts if graph else 0
+        lists = tier.sizes.packed_pages + room + 2 * parts + ITEM_WORDS * (parts + self._grid.small + self._grid.large)
+        self.work = self._allocate(max_rows, self._grid.header_words(max_rows) + lists if graph else 0, parts)
+        self.set([], [])
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes, a shared scratch not counted."""
+        return self.work.nbytes - (self._scratch.nbytes if self._shares_scratch else 0)
+
+    def set(self, runs: Sequence[PackedRun], query_lens: Sequence[int]) -> None:
+        """Plan a batch and upload the lists on the current stream, unless the batch is the last one again.
+
+        runs, query_lens: packed run and query rows (1 in decode) of each request, in batch order. Rows after theirs, the
+        padding of a graph, read nothing. Raises WorkOverflow if a graph's buffers are too small.
+        """
+        runs, query_lens = list(runs), list(query_lens)
+        if (runs, query_lens) == self._current:
+            return
+        groups = self._groups(runs, query_lens)
+        rows = sum(query_lens)
+        if not self._graph and rows > self.work.max_rows:
+            self.work = self._allocate(rows, 0, 0)
+        words, parts = lay_out(groups, self.work.max_rows, self._grid, self.layout.fmt.sink_tokens, self._room)
+        if self._graph and (len(words) > len(self.work.words) or parts > len(self.work.part_o)):
+            raise WorkOverflow(
+                f"{len(groups)} groups of {rows} rows make {parts} parts; a decode graph has room for {len(self.work.part_o)}"
+            )
+        if not self._graph and (len(words) > len(self.work.words) or parts > len(self.work.part_o)):
+            self.work = self._allocate(self.work.max_rows, len(words), parts)
+        self._upload(words)
+        self._current = (runs, query_lens)
+
+    def _groups(self, runs: list[PackedRun], query_lens: list[int]) -> list[RowGroup]:
+        starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int64)
+        groups = []
+        self.tokens_read = self.tokens_attended = 0
+        for group in group_rows(runs):
+            rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.rows])
+            groups.append(RowGroup(np.asarray(group.pages, np.int32), rows, self._tier.sink_slot(group.pages[0])))
+            self.tokens_read += len(group.pages) * PAGE_TOKENS
+            self.tokens_attended += len(group.pages) * PAGE_TOKENS * len(group.rows)
+        return groups
+
+    @property
+    def _split_parts(self) -> int:
+        """Parts more than tiles have rows: every program cuts at most one tile."""
+        return self._grid.small * self._grid.small_rows + self._grid.large * self._grid.large_rows
+
+    def _allocate(self, max_rows: int, words: int, parts: int) -> Work:
+        shape = (parts, self._q_heads, self.layout.v_head_dim)
+        return Work(
+            self._grid, max_rows, self._tier.shape.kv_heads,
+            torch.zeros(words, dtype=torch.int32, device=self._device),
+            torch.empty(shape, dtype=torch.float32, device=self._device),
+            torch.empty(shape[:2], dtype=torch.float32, device=self._device),
+            self._scratch,
+        )  # fmt: skip
+
+    def _upload(self, words: np.ndarray) -> None:
+        if self._device.type != "cuda":
+            self.work.words[: len(words)] = torch.from_numpy(words)
+            return
+        if len(self._staging) < _STAGES:
+            staged, event = torch.empty(0, dtype=torch.int32), torch.cuda.Event()
+        else:
+            staged, event = self._staging.pop(0)
+            event.synchronize()  # long done, unless three plans were made within one forward
+        if len(staged) < len(words):
+            staged = torch.empty(max(len(words), len(self.work.words)), dtype=torch.int32, pin_memory=True)
+        staged[: len(words)] = torch.from_numpy(words)
+        self.work.words[: len(words)].copy_(staged[: len(words)], non_blocking=True)
+        event.record()
+        self._staging.append((staged, event))

@@ -81,6 +81,16 @@ LEDGER: tuple[Patch, ...] = (
         "the attention backend does not see the requests of a batch", "ForwardBatch carries request handles",
     ),
     Patch(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape", "around",
+        "sgl_hq.patches.graphs:capture_both_variants", ("self", "size", "forward", "stream_idx", "variant_label"),
+        "a backend cannot ask for a second graph of a batch size", "backends may declare graph variants",
+    ),
+    Patch(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._resolve_lora_variant", "around",
+        "sgl_hq.patches.graphs:pick_variant", ("self", "forward_batch"),
+        "the choice between graph variants of a batch size knows LoRA only", "as above",
+    ),
+    Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),
         "/server_info has no section for plugins", "it has one",
     ),

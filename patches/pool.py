@@ -10,7 +10,23 @@ def two_tier_configurator(original, kvc):
     from sgl_hq.pool.pool_configurator import HQPoolConfigurator
 
     config = from_env()
-    return HQPoolConfigurator(kvc, config) if config.packs else original(kvc)
+    if not config.packs:
+        return original(kvc)
+    return HQPoolConfigurator(kvc, config, _workspace_bytes if str(kvc.device).startswith("cuda") else None)
+
+
+def _workspace_bytes(layouts, shape, sizes, device) -> int:
+    """Device bytes that the attention backend will hold for plans and partial results beside tiers of `sizes`."""
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+
+    from sgl_hq.attention.hq_attn_backend import plan_bytes
+    from sgl_hq.patches.attention import eager_rows
+
+    args = get_server_args()
+    decode = args.cuda_graph_config.decode
+    graph_rows = 0 if decode.backend == "disabled" else decode.max_bs
+    q_heads = args.get_model_config().num_attention_heads // get_parallel().attn_tp_size
+    return plan_bytes(layouts[0], shape, sizes, device, q_heads, graph_rows, eager_rows(args))
 
 
 def two_tier_oot_pool(original, self, *, max_total_num_tokens):

@@ -64,12 +64,10 @@ def resolve(original, self):
     self.radix_cache_backend = "hq"
     self.page_size = config.page_size
     original(self)
-    compat.check_model(self.get_model_config(), config)
+    model = self.get_model_config()
+    compat.check_model(model, config)
     if config.packs and not str(self.device).startswith("cpu"):
-        raise HQConfigError(
-            f"--hq-format {config.format} runs on the CPU platform only in this version (device is {self.device}): "
-            "set SGLANG_PLATFORM=sgl_hq_cpu and --device cpu, or use --hq-format exact"
-        )
+        compat.check_gpu(self, model, config)
     gate = admission.gate_state(config, model_path, self.revision, self.load_format, self.json_model_override_args)
     admission.require(config, gate)
     if not gate.admits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from sgl_hq.config import HQConfig, HQConfigError
+from sgl_hq.page_format import calibrated_bits, get_format
 
 _Flag = tuple[Callable[[Any], bool], str, str]
 
@@ -80,6 +81,44 @@ def check_model(model: Any, config: HQConfig) -> None:
         raise HQConfigError(
             f"{name} {reason}: --hq-format {config.format} cannot serve it, drop the --hq-* options to serve it with plain SGLang"
         )
+
+
+_GPU_BACKENDS = ("flashinfer", "fa3", "triton")
+_FLASHINFER_MERGE_VALUES = 8192  # query heads * head_dim of one row: 1,024 threads of 8 values (`include/flashinfer/attention/cascade.cuh`)
+
+
+def check_gpu(args: Any, model: Any, config: HQConfig) -> None:
+    """`args`: ServerArgs after SGLang resolved them; `config` packs and the device is no CPU. Raises HQConfigError for
+    what the kernels or the decode graphs of packed pages do not cover."""
+    prefill, decode = args.get_attention_backends()
+    graphs = args.cuda_graph_config
+    reason = _why_no_kernel(model, config)
+    checks = (
+        (str(args.device).startswith("cuda"), f"cannot be served on device {args.device}", "use a CUDA device or the CPU platform"),
+        (reason is None, f"cannot be read on a GPU ({reason})", "choose another format, or use --hq-format exact"),
+        (prefill == decode, f"needs one attention backend, not {prefill} and {decode}", "use --attention-backend alone"),
+        (decode in _GPU_BACKENDS, f"cannot use attention backend {decode}", f"use --attention-backend {', '.join(_GPU_BACKENDS)}"),
+        (
+            decode != "flashinfer" or model.num_attention_heads * model.head_dim <= _FLASHINFER_MERGE_VALUES,
+            f"would merge {model.num_attention_heads} query heads, more than FlashInfer's kernel takes", "use --attention-backend fa3",
+        ),
+        (graphs.decode.backend in ("full", "disabled"), f"cannot use {graphs.decode.backend} decode graphs", "use full"),
+        (graphs.prefill.backend in ("breakable", "disabled"), f"cannot use {graphs.prefill.backend} prefill graphs", "use breakable"),
+        (not args.enable_torch_compile, "cannot be combined with torch.compile", "drop --enable-torch-compile"),
+        (not args.enable_mis, "cannot be combined with multi-item scoring", "drop --enable-mis"),
+        (not args.post_capture_kv_sizing_planned(), "cannot be sized after graph capture", "drop SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+    )
+    for served, what, remedy in checks:
+        if not served:
+            raise HQConfigError(f"--hq-format {config.format} {what}: {remedy}")
+
+
+def _why_no_kernel(model: Any, config: HQConfig) -> str | None:
+    from sgl_hq.kernels.grouped_attention.launcher import why_not
+
+    if calibrated_bits(config.format) is not None:
+        return "calibrated formats have no GPU kernel yet"
+    return why_not(get_format(config.format).layout(model.head_dim, model.v_head_dim), model.num_attention_heads, model.get_num_kv_heads(1))
 
 
 def _window(text: Any) -> int | None:

@@ -62,6 +62,8 @@ def build_radix_cache(context):
     runner = context.tp_worker.model_runner
     config = from_env()
     _assert_in_place(runner, config)
+    if str(runner.device).startswith("cuda") and not context.server_args.disable_overlap_schedule:
+        runner.token_to_kv_pool.forward_stream = runner.forward_stream
     tree = PackingRadixCache(context.params, runner.token_to_kv_pool, config.pack)
     bind_tree(tree)
     runner.attn_backend.forward_runs = tree.live.forward_runs

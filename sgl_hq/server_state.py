@@ -12,7 +12,6 @@ from sgl_hq import __version__
 from sgl_hq.page_format import PAGE_TOKENS, STATED_PREFIX_TOKENS, mean_stored_bits
 
 
-
 def describe(scheduler) -> dict[str, Any]:
     """`scheduler`: SGLang's Scheduler of this process."""
     tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
@@ -40,6 +39,7 @@ def describe(scheduler) -> dict[str, Any]:
             "pages_total": 0, "pages_free": 0, "pages_used": 0, "page_bytes": 0,
             "sinks_total": 0, "sinks_free": 0, "sink_bytes": 0, "bytes_allocated": 0, "bytes_used": 0,
         },
+        "workspace_bytes": backend.workspace_bytes,
         "metadata_bytes": tree.metadata_bytes + (packed.metadata_bytes if packed else 0),
         "live_requests": len(tree.live),
         "counters": {

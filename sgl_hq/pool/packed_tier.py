@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sgl_hq.kernels.page_codec import PageCodec
+from sgl_hq.kernels.page_codec import PageCodec, UnpackablePageError
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.sizing import KVShape, TierSizes
 
@@ -22,18 +22,26 @@ class PackedTier:
     """`packed_pages` page records and `sinks` sink slots per layer.
 
     codecs: one per layer; they differ in the widths of their codes only. records[layer]: [pages, kv_heads, record_bytes]
-    uint8; sink_slots[layer]: [sinks, kv_heads, sink_bytes] uint8.
+    uint8; sink_slots[layer]: [sinks, kv_heads, sink_bytes] uint8. On a GPU all layers have one layout, and these are views
+    of `arena` [layers, pages, kv_heads, record_bytes] and `sink_arena` [layers, sinks, kv_heads, sink_bytes].
     """
 
     def __init__(self, codecs: Sequence[PageCodec], shape: KVShape, sizes: TierSizes, device: str):
         self.codecs, self.shape, self.sizes = list(codecs), shape, sizes
         self.sink_tokens = codecs[0].fmt.sink_tokens
 
-        def arena(slots: int, slot_bytes: int) -> torch.Tensor:
-            return torch.zeros((slots, shape.kv_heads, slot_bytes), dtype=torch.uint8, device=device)
+        def arena(*dims: int) -> torch.Tensor:
+            return torch.zeros(dims, dtype=torch.uint8, device=device)
 
-        self.records = [arena(sizes.packed_pages, codec.layout.record_bytes) for codec in codecs]
-        self.sink_slots = [arena(sizes.sinks, codec.layout.sink_bytes) for codec in codecs]
+        self.on_gpu = torch.device(device).type == "cuda"
+        if self.on_gpu:
+            layout = codecs[0].layout
+            self.arena = arena(len(codecs), sizes.packed_pages, shape.kv_heads, layout.record_bytes)
+            self.sink_arena = arena(len(codecs), sizes.sinks, shape.kv_heads, layout.sink_bytes)
+            self.records, self.sink_slots = list(self.arena), list(self.sink_arena)
+        else:
+            self.records = [arena(sizes.packed_pages, shape.kv_heads, codec.layout.record_bytes) for codec in codecs]
+            self.sink_slots = [arena(sizes.sinks, shape.kv_heads, codec.layout.sink_bytes) for codec in codecs]
         self._k_buffer = self._v_buffer = torch.empty(0, device=device)  # grown by the first read
         self.clear()
 
@@ -79,6 +87,14 @@ class PackedTier:
         """Host bytes of the free lists and the page-to-sink table."""
         return sum(a.buffer_info()[1] * a.itemsize for a in (self._free_pages, self._free_sinks, self._sink_of_page))
 
+    def sink_slot(self, page: int) -> int:
+        """The sink slot of a page that begins a sequence, NO_SINK of any other."""
+        return self._sink_of_page[page]
+
+    def sink_slot(self, page: int) -> int:
+        """Slot of the sinks that belong to packed page `page`, or NO_SINK: it begins no sequence, or the format has none."""
+        return self._sink_of_page[page]
+
     def has_room(self, pages: int, needs_sink: bool) -> bool:
         return pages <= self.pages_free and not (needs_sink and self.sink_tokens and not self.sinks_free)
 
@@ -95,7 +111,8 @@ class PackedTier:
     def write(
         self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor], dense_slots: torch.Tensor, starts_sequence: bool
     ) -> list[int]:
-        """Pack whole pages out of the dense tier; returns their packed page ids in order.
+        """Pack whole pages out of the dense tier; returns their packed page ids in order. On a GPU this waits for the
+        current stream: whether the format could hold the values is known there.
 
         k_layers, v_layers: per layer [dense slots, kv_heads, head_dim] bf16; dense_slots: [n_pages * 64] int64.
         starts_sequence: the first page holds the first tokens of a sequence, whose sinks stay bf16.
@@ -108,18 +125,43 @@ class PackedTier:
         if needs_sink:
             self._sink_of_page[pages[0]] = self._free_sinks.pop()
         try:
-            where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
-            for layer, (k, v) in enumerate(zip(k_layers, v_layers)):
-                k_pages = k[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
-                v_pages = v[dense_slots].unflatten(0, (n_pages, PAGE_TOKENS))
-                records, sink = self.codecs[layer].pack(k_pages, v_pages, first_has_sink=needs_sink)
-                self.records[layer][where] = records
-                if needs_sink:
-                    self.sink_slots[layer][self._sink_of_page[pages[0]]] = sink
+            pack = self._pack_on_gpu if self.on_gpu else self._pack_on_cpu
+            pack(k_layers, v_layers, dense_slots, pages)
         except Exception:
             self.free(pages)
             raise
         return pages
+
+    def _pack_on_cpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> None:
+        where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
+        sink_slot = self._sink_of_page[pages[0]]
+        for layer, (k, v) in enumerate(zip(k_layers, v_layers)):
+            k_pages = k[dense_slots].unflatten(0, (len(pages), PAGE_TOKENS))
+            v_pages = v[dense_slots].unflatten(0, (len(pages), PAGE_TOKENS))
+            records, sink = self.codecs[layer].pack(k_pages, v_pages, first_has_sink=sink_slot != NO_SINK)
+            self.records[layer][where] = records
+            if sink_slot != NO_SINK:
+                self.sink_slots[layer][sink_slot] = sink
+
+    def _pack_on_gpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> None:
+        from sgl_hq.kernels.page_codec.launcher import pack_pages
+
+        where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
+        dense_pages = dense_slots[::PAGE_TOKENS] // PAGE_TOKENS
+        sink_slot = self._sink_of_page[pages[0]]
+        layout = self.codecs[0].layout
+        status = pack_pages(layout, k_layers, v_layers, dense_pages, self.arena, where, self.sink_arena, sink_slot)
+        if status.any():
+            raise UnpackablePageError(f"format {layout.fmt.name} cannot hold the values of {int(status.count_nonzero())} pages")
+
+    def warm_up(self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor]) -> None:
+        """Compile the kernels of `write`, with a sink and without: the first request to be packed must not wait for that.
+
+        Packs the first page of the dense tier, which is SGLang's padding, and forgets it.
+        """
+        for starts_sequence in (True, False):
+            slots = torch.arange(PAGE_TOKENS, device=k_layers[0].device)
+            self.free(self.write(k_layers, v_layers, slots, starts_sequence))
 
     def read(self, layer: int, pages: torch.Tensor, first_page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a run of pages of one layer, unpacked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 from sglang.srt.runtime_context import get_parallel, get_schedule
@@ -18,11 +19,13 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
     """Returns the dense tokens D as `max_total_num_tokens`: the packed tier is invisible to the scheduler.
 
     `--max-total-tokens N` keeps its meaning of a byte budget: N bf16 tokens' worth of bytes, shared by the tiers,
-    so that arms started with the same N hold the same bytes.
+    so that arms started with the same N hold the same bytes. On a GPU the memory of plans and partial results comes out of
+    the budget too: workspace_bytes(layouts, shape, tiers without it, device), None on a CPU.
     """
 
-    def __init__(self, kvc, config: HQConfig):
+    def __init__(self, kvc, config: HQConfig, workspace_bytes: Callable[..., int] | None = None):
         super().__init__(kvc)
+        self._workspace_bytes, self._device = workspace_bytes, kvc.device
         model = kvc.model_config
         self._config = config
         self._context_tokens = model.context_len
@@ -37,10 +40,16 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
         limit = get_schedule().max_total_tokens
         budget = available_bytes if limit is None else min(available_bytes, limit * self._shape.dense_bytes_per_token)
         layouts = [codec.layout for codec in codecs_of_server(self._config, self._shape, "cpu")]
+        workspace = 0
         sizes = split_budget(budget, self._config.packed_fraction, layouts, self._shape)
+        if self._workspace_bytes is not None:
+            workspace = self._workspace_bytes(layouts, self._shape, sizes, self._device)
+            sizes = split_budget(budget, self._config.packed_fraction, layouts, self._shape, workspace)
         logger.info(
-            "sgl_hq: KV budget %.1f MiB = dense tier of %d tokens + packed tier of %d pages (%d tokens) in format %s",
+            "sgl_hq: KV budget %.1f MiB = dense tier of %d tokens + packed tier of %d pages (%d tokens) in format %s + workspaces of "
+            "%.1f MiB",
             budget / 2**20, sizes.dense_tokens, sizes.packed_pages, sizes.packed_pages * page_size, self._config.format,
+            workspace / 2**20,
         )
         if sizes.dense_tokens < self._context_tokens:
             logger.warning(

@@ -49,18 +49,21 @@ def sink_slot_bytes(layouts: Sequence[PageLayout], shape: KVShape) -> int:
     return sum(layout.sink_bytes for layout in layouts) * shape.kv_heads
 
 
-def split_budget(budget_bytes: int, packed_fraction: float, layouts: Sequence[PageLayout], shape: KVShape) -> TierSizes:
-    """Tiers that fit into `budget_bytes`, `packed_fraction` of it packed.
+def split_budget(
+    budget_bytes: int, packed_fraction: float, layouts: Sequence[PageLayout], shape: KVShape, workspace_bytes: int = 0
+) -> TierSizes:
+    """Tiers that fit into `budget_bytes` beside `workspace_bytes`, `packed_fraction` of what is left packed.
 
     Raises ValueError when the budget does not hold one page in each tier.
     """
     page_bytes = PAGE_TOKENS * shape.dense_bytes_per_token
-    dense_pages = int(budget_bytes * (1.0 - packed_fraction)) // page_bytes
+    dense_pages = max(0, int((budget_bytes - workspace_bytes) * (1.0 - packed_fraction))) // page_bytes
     sizes = tiers_of_dense(dense_pages * PAGE_TOKENS, packed_fraction, layouts, shape)
     if not dense_pages or not sizes.packed_pages:
         raise ValueError(
             f"a KV budget of {budget_bytes / 2**20:.1f} MiB with packed fraction {packed_fraction:g} does not hold one page "
-            f"in each tier (a dense page takes {page_bytes} bytes): raise --max-total-tokens or --mem-fraction-static"
+            f"in each tier (a dense page takes {page_bytes} bytes, workspaces {workspace_bytes}): "
+            "raise --max-total-tokens or --mem-fraction-static"
         )
     return sizes
 

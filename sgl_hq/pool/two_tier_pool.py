@@ -29,6 +29,7 @@ class HQTokenToKVPool(MHATokenToKVPool):
         self.config: HQConfig = from_env()
         self.shape = KVShape(self.layer_num, self.head_num, self.head_dim, self.v_head_dim)
         self.packed: PackedTier | None = None
+        self.forward_stream: torch.cuda.Stream | None = None  # the stream of the forwards; None: the current one
         if self.config.packs:
             if self.dtype != torch.bfloat16:
                 raise HQConfigError(
@@ -39,6 +40,8 @@ class HQTokenToKVPool(MHATokenToKVPool):
             layouts = [codec.layout for codec in codecs]
             sizes = tiers_of_dense(self.size, self.config.packed_fraction, layouts, self.shape)
             self.packed = PackedTier(codecs, self.shape, sizes, self.device)
+            if self.packed.on_gpu:
+                self.packed.warm_up(self.k_buffer, self.v_buffer)
 
     @property
     def packed_base(self) -> int:
@@ -57,8 +60,18 @@ class HQTokenToKVPool(MHATokenToKVPool):
         return k_bytes + packed // 2, v_bytes + packed - packed // 2
 
     def pack_pages(self, dense_slots: torch.Tensor, starts_sequence: bool) -> list[int]:
-        """Copy whole dense pages into the packed tier (`PackedTier.write`); the caller frees the dense pages."""
-        return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
+        """Copy whole dense pages into the packed tier (`PackedTier.write`); the caller frees the dense pages.
+
+        With SGLang's overlap schedule a forward may be under way whose KV these pages hold, or which reads the packed
+        pages that are overwritten here. So the kernel runs behind it, on its stream; whoever writes into the freed
+        dense pages is a later forward on that stream. `write` waits for the kernel: the host, and the GPU after it,
+        idle from the end of that forward to the next launch, once per packed node.
+        """
+        if self.forward_stream is None:
+            return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
+        self.forward_stream.wait_stream(torch.cuda.current_stream())  # `dense_slots` was computed there
+        with torch.cuda.stream(self.forward_stream):
+            return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
 
     def packed_token_ids(self, pages: list[int]) -> torch.Tensor:
         """[len(pages) * 64] int64 ids that stand for the tokens of packed pages."""

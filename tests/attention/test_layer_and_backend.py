@@ -155,5 +155,5 @@ def test_a_backend_without_states_cannot_serve_packed_pages():
     class Other(AttentionBackend):
         pass
 
-    with pytest.raises(HQConfigError, match="CPU platform"):
+    with pytest.raises(HQConfigError, match="cannot serve packed pages: use --attention-backend flashinfer"):
         install(Other(), packs=True)

@@ -75,6 +75,45 @@ def test_models_that_packed_pages_cannot_serve_are_refused(changed, reason):
     assert "TestForCausalLM" in str(refused.value) and "drop the --hq-*" in str(refused.value)
 
 
+def _on_gpu(**changed):
+    usual = {
+        "device": "cuda", "backends": ("fa3", "fa3"), "decode": "full", "prefill": "breakable", "enable_torch_compile": False,
+        "enable_mis": False,
+    }
+    args = SimpleNamespace(**usual | changed, post_capture_kv_sizing_planned=lambda: False)
+    args.get_attention_backends = lambda: args.backends
+    args.cuda_graph_config = SimpleNamespace(decode=SimpleNamespace(backend=args.decode), prefill=SimpleNamespace(backend=args.prefill))
+    return args
+
+
+def _gpu_model(head_dim=128, heads=28, kv_heads=4):
+    return SimpleNamespace(head_dim=head_dim, v_head_dim=head_dim, num_attention_heads=heads, get_num_kv_heads=lambda tp: kv_heads // tp)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "fa3", "triton"])
+@pytest.mark.parametrize("name", ["bf16", "lossless", "int8", "hq6", "sink4-K5V4"])
+def test_packed_formats_are_served_on_a_gpu(backend, name):
+    compat.check_gpu(_on_gpu(backends=(backend, backend)), _gpu_model(), HQConfig(name))
+
+
+@pytest.mark.parametrize(
+    "args, model, name, reason",
+    [
+        ({}, {}, "calib4.5", "calibrated"), ({}, {}, "K5tV4", "per token"), ({}, {"head_dim": 96}, "hq6", "head_dim"),
+        ({"backends": ("fa3", "flashinfer")}, {}, "hq6", "one attention backend"), ({"backends": ("fa4", "fa4")}, {}, "hq6", "backend fa4"),
+        ({"backends": ("flashinfer", "flashinfer")}, {"heads": 96, "kv_heads": 8}, "hq6", "96 query heads"),
+        ({"decode": "breakable"}, {}, "hq6", "breakable decode graphs"), ({"prefill": "full"}, {}, "hq6", "full prefill graphs"),
+        ({"prefill": "tc_piecewise"}, {}, "hq6", "tc_piecewise prefill graphs"),
+        ({"enable_torch_compile": True}, {}, "hq6", "torch.compile"),
+        ({"enable_mis": True}, {}, "hq6", "multi-item"),
+    ],
+)  # fmt: skip
+def test_what_packed_pages_on_a_gpu_cannot_do_is_refused(args, model, name, reason):
+    with pytest.raises(HQConfigError, match=reason) as refused:
+        compat.check_gpu(_on_gpu(**args), _gpu_model(**model), HQConfig(name))
+    assert "use" in str(refused.value) or "drop" in str(refused.value) or "choose" in str(refused.value)
+
+
 def test_model_path(tmp_path):
     preflight.check_model_path("org/model-on-a-hub")
     for path, reason in [(None, "no model"), ("/nowhere/model", "does not exist"), ("./nowhere", "does not exist"), (str(tmp_path), "no config.json")]:

@@ -12,7 +12,7 @@ import random
 import httpx
 import pytest
 
-from sgl_hq.launch.server_process import ServerFailed, ServerProcess
+from sgl_hq.launch.server_process import ServerProcess
 
 pytestmark = pytest.mark.gpu
 
@@ -59,9 +59,3 @@ def test_exact_is_bit_identical_to_vanilla(shape, backend):
     assert states["vanilla"] is None and states["exact"]["active"] and states["exact"]["format"] == "exact"
     assert len(results["vanilla"][0]) == 4095 + 64
     assert results["vanilla"] == results["exact"]
-
-
-def test_packed_formats_are_refused_on_a_gpu_in_this_version(shape):
-    with pytest.raises(ServerFailed, match="runs on the CPU platform only"):
-        with ServerProcess(str(shape), [*ARGS, "--hq-format", "hq6"], cpu=False, stop_grace_s=0):
-            pass

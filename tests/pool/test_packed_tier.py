@@ -68,6 +68,13 @@ def test_sink_tokens_of_a_sequence_stay_exact_and_others_do_not():
     assert not torch.equal(got_first[:, 4:], want[:, 4:]), "hq6 is lossy: equality would mean that nothing was packed"
 
 
+def test_warming_up_leaves_the_tier_empty():
+    tier = _tier("hq6")
+    tier.warm_up(*_dense(1))
+    tier.check_books([])
+    assert tier.bytes_used == 0
+
+
 def test_a_refused_page_leaves_the_books_as_they_were():
     tier = _tier("hq6")
     k, v = _dense(2)

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from sgl_hq import __version__
+from sgl_hq.launch.cli_bench import bench
 from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -29,5 +29,10 @@ def pick_variant(original, runner, forward_batch):
     return _packed(label) if runner.attn_backend.reads_packed else label
 
 
+def runs_in_graph(original, runner, forward_batch):
+    """AROUND DecodeCudaGraphRunner.can_run_graph: a batch with more levels of sharing than a graph's plan holds runs eagerly."""
+    return original(runner, forward_batch) and runner.attn_backend.fits_graph(forward_batch)
+
+
 def _packed(label: str | None) -> str:
     return "packed" if label is None else f"packed {label}"

@@ -91,6 +91,11 @@ LEDGER: tuple[Patch, ...] = (
         "the choice between graph variants of a batch size knows LoRA only", "as above",
     ),
     Patch(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph", "around",
+        "sgl_hq.patches.graphs:runs_in_graph", ("self", "forward_batch"),
+        "a backend cannot say that a batch does not fit its graph buffers", "backends are asked",
+    ),
+    Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),
         "/server_info has no section for plugins", "it has one",
     ),

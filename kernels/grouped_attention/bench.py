@@ -17,6 +17,7 @@ from sgl_hq.kernels.page_codec.launcher import pack_pages, unpack_pages
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
 from .bench_cases import Case
+from .side_stream import SideStream
 
 DEVICE = "cuda"
 Call = Callable[[], object]
@@ -140,6 +141,7 @@ class Grouped:
         self._dense_o = torch.empty(*shape, case.head_dim, dtype=torch.bfloat16, device=DEVICE)
         self._dense_lse = torch.empty(shape, dtype=torch.float32, device=DEVICE)
         self.outs = [torch.empty_like(layer.q) for layer in layers]
+        self._side_stream = SideStream(DEVICE)
 
     def _run_packed(self, i: int) -> None:
         from .launcher import grouped_attention
@@ -157,8 +159,11 @@ class Grouped:
         merge(self.layers[i].q, self._work, self.layout, self.scale, sinks=sinks, **state, out=self.outs[i])
 
     def _run_all(self, i: int) -> None:
+        """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`)."""
+        with self._side_stream.fork():
+            self._run_packed(i)
         self._run_dense(i)
-        self._run_packed(i)
+        self._side_stream.join()
         self._run_merge(i)
 
     def parts(self) -> dict[str, list[Call]]:

@@ -17,14 +17,13 @@ from .kernel_fields import dot, exp2, page_at
 def attend_large(
     q, pages_kv, work, part_o, part_lse, page_stride, head_stride, scale,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr, SINKS: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """pages_kv `[pages, heads, 2, 64, D] bfloat16`, strides of the first two in values; ROWS pairs a tile; SINKS: the first
-    tokens of a page may have to be left out. Other arguments as
+    """pages_kv `[pages, heads, 2, 64, D] bfloat16`, strides of the first two in values; ROWS pairs a tile. Two pages a step. Other arguments as
     in kernel_small.py."""
     program, head = tl.program_id(0) % PROGRAMS, tl.program_id(0) // PROGRAMS
     base = pages_kv + head.to(tl.int64) * head_stride
-    row, channel, token = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, 64)
+    row, channel, token = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, 128)
     q_head = head * GROUP + row % GROUP
     for at in range(tl.load(work + FIRST + program), tl.load(work + FIRST + program + 1), 8):
         item = work + at
@@ -37,13 +36,14 @@ def attend_large(
         query = tl.load(source[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
         o, total = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS,), tl.float32)
         m = tl.full((ROWS,), NO_SCORE, tl.float32)
-        unread = tl.where(token < skip, NO_SCORE, 0.0)  # of the first page
-        for i in tl.range(0, count, num_stages=STAGES):
-            where = tl.multiple_of(base + page_at(pages, i, PTX) * page_stride, 16) + token[:, None] * D + channel[None, :]
+        for i in tl.range(0, count, 2, num_stages=STAGES):
+            low = base + page_at(pages, i, PTX) * page_stride
+            high = base + page_at(pages, tl.minimum(i + 1, count - 1), PTX) * page_stride - 64 * D
+            page = tl.multiple_of(tl.where(token < 64, low, high), 16)
+            where = page[:, None] + token[:, None] * D + channel[None, :]
             s = dot(query, tl.trans(tl.load(where)), None, PTX)
-            if SINKS:
-                s += unread[None, :]
-                unread = unread * 0.0
+            first, last = tl.where(i == 0, skip, 0), tl.where(i + 1 < count, 128, 64)
+            s += tl.where((token >= first) & (token < last), 0.0, NO_SCORE)[None, :]
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
             keep, p = exp2(m - m_new, PTX), exp2(s * scale - m_new[:, None], PTX)
             m, total = m_new, total * keep + tl.sum(p, 1)

@@ -151,7 +151,7 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
         )  # fmt: skip
     attend_large[(grid.large * heads,)](
         q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=first_large, PROGRAMS=grid.large,
-        ROWS=LARGE_ROWS, SINKS=layout.fmt.sink_tokens > 0, **_LARGE,
+        ROWS=LARGE_ROWS, **_LARGE,
     )  # fmt: skip
 
 

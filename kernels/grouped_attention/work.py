@@ -27,7 +27,8 @@ ITEM_WORDS = 8
 SMALL_ROWS = 16  # (request, query head) pairs of a small tile: the smallest tile of a tensor core
 LARGE_ROWS = 128
 MAX_SMALL_TILES = 3  # a group of more tiles is read in large ones: every small tile reads and unpacks the pages again
-MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 2  # pages that are worth an item of their own: its rows are read and its part written
+LARGE_STEP = 2  # pages a large tile attends at a time
+MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 4  # pages that are worth an item of their own: its rows are read and its part written
 NO_SINK = -1
 
 
@@ -101,8 +102,8 @@ def lay_out(
     expand_at = at
     lists += expanded
     at += used
-    small = _deal(tiles["small"], grid.small, MIN_SMALL_PAGES)
-    large = _deal(tiles["large"], grid.large, MIN_LARGE_PAGES)
+    small = _deal(tiles["small"], grid.small, MIN_SMALL_PAGES, 1)
+    large = _deal(tiles["large"], grid.large, MIN_LARGE_PAGES, LARGE_STEP)
     items = np.concatenate([small[0], large[0]])
     items[:, 4] = np.concatenate([[0], items[:, 3].cumsum()[:-1]]) if len(items) else 0
     words = np.concatenate([np.zeros(header, np.int32), *lists, items.reshape(-1)]).astype(np.int32, copy=False)
@@ -123,14 +124,16 @@ def lay_out(
     return np.concatenate([words, parts]), len(part_rows)
 
 
-def _deal(tiles: list[tuple[int, int, int, int, int]], programs: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items `[n, ITEM_WORDS]` and the first item of each of `programs` (+ 1): equal runs of pages, cut where tiles end."""
+def _deal(tiles: list[tuple[int, int, int, int, int]], programs: int, least: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items `[n, ITEM_WORDS]` and the first item of each of `programs` (+ 1): equal runs of pages, multiples of `step`, cut
+    where tiles end."""
     if not tiles:
         return np.zeros((0, ITEM_WORDS), np.int32), np.zeros(programs + 1, np.int32)
     table = np.array(tiles, np.int64)
     starts = np.concatenate([[0], table[:, 1].cumsum()])
     workers = min(programs, max(1, -(-int(starts[-1]) // least)))
-    bounds = np.arange(workers + 1) * starts[-1] // workers
+    bounds = np.arange(workers + 1) * starts[-1] // workers // step * step
+    bounds[-1] = starts[-1]
     cuts = np.union1d(starts, bounds)
     begin = cuts[:-1]
     tile = np.searchsorted(starts, begin, "right") - 1

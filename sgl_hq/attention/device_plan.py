@@ -24,7 +24,7 @@ _STAGES = 3  # uploads that may be in flight: an earlier graph replay may not ha
 
 
 class DevicePlan:
-    """work: what `layer.finish_with_packed` gives to the kernels. tokens_read, tokens_attended: packed tokens of the last
+    """work: what the layers give to the kernels. tokens_read, tokens_attended: packed tokens of the last
     `set`, once per group and once per request."""
 
     def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
@@ -35,7 +35,8 @@ class DevicePlan:
         self._device = tier.records[0].device
         self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
         self.tokens_read = self.tokens_attended = 0
-        self._current: tuple[list[PackedRun], list[int]] | None = None
+        self._batch: tuple[list[PackedRun], list[int]] | None = None  # planned last: _lists, _parts, for _rows rows
+        self._uploaded = False
         self._staging: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         expands = self.layout.fmt.kind != "bf16"
         room = min(SCRATCH_PAGES, tier.sizes.packed_pages) if expands else 0
@@ -52,28 +53,36 @@ class DevicePlan:
         """Device bytes, a shared scratch not counted."""
         return self.work.nbytes - (self._scratch.nbytes if self._shares_scratch else 0)
 
+    def prepare(self, runs: Sequence[PackedRun], query_lens: Sequence[int]) -> bool:
+        """Plan a batch on the host. False: a decode graph's buffers are too small for it, so it must run without the graph."""
+        batch = list(runs), list(query_lens)
+        if batch != self._batch:
+            rows = max(sum(query_lens), self.work.max_rows)
+            groups = self._groups(*batch)
+            self._lists, self._parts = lay_out(groups, rows, self._grid, self.layout.fmt.sink_tokens, self._room)
+            self._batch, self._rows, self._uploaded = batch, rows, False
+        return not self._graph or self._fits
+
     def set(self, runs: Sequence[PackedRun], query_lens: Sequence[int]) -> None:
         """Plan a batch and upload the lists on the current stream, unless the batch is the last one again.
 
         runs, query_lens: packed run and query rows (1 in decode) of each request, in batch order. Rows after theirs, the
-        padding of a graph, read nothing. Raises WorkOverflow if a graph's buffers are too small.
+        padding of a graph, read nothing. Raises WorkOverflow where `prepare` says False.
         """
-        runs, query_lens = list(runs), list(query_lens)
-        if (runs, query_lens) == self._current:
+        if not self.prepare(runs, query_lens):
+            raise WorkOverflow(f"{self._rows} rows make {self._parts} parts; a decode graph has room for {len(self.work.part_o)}")
+        if self._uploaded:
             return
-        groups = self._groups(runs, query_lens)
-        rows = sum(query_lens)
-        if not self._graph and rows > self.work.max_rows:
-            self.work = self._allocate(rows, 0, 0)
-        words, parts = lay_out(groups, self.work.max_rows, self._grid, self.layout.fmt.sink_tokens, self._room)
-        if self._graph and (len(words) > len(self.work.words) or parts > len(self.work.part_o)):
-            raise WorkOverflow(
-                f"{len(groups)} groups of {rows} rows make {parts} parts; a decode graph has room for {len(self.work.part_o)}"
-            )
-        if not self._graph and (len(words) > len(self.work.words) or parts > len(self.work.part_o)):
-            self.work = self._allocate(self.work.max_rows, len(words), parts)
-        self._upload(words)
-        self._current = (runs, query_lens)
+        if not self._fits:
+            self.work = self._allocate(self._rows, len(self._lists), self._parts)
+        self._upload(self._lists)
+        self._uploaded = True
+
+    @property
+    def _fits(self) -> bool:
+        """The buffers hold the lists and parts of the batch that was planned last."""
+        room = self.work.max_rows, len(self.work.words), len(self.work.part_o)
+        return all(need <= have for need, have in zip((self._rows, len(self._lists), self._parts), room))
 
     def _groups(self, runs: list[PackedRun], query_lens: list[int]) -> list[RowGroup]:
         starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int64)

@@ -18,6 +18,7 @@ from sgl_hq.attention.device_plan import DevicePlan
 from sgl_hq.attention.merge import merge
 from sgl_hq.attention.plan import PackedPlan, make_plan
 from sgl_hq.config import HQConfigError
+from sgl_hq.kernels.grouped_attention.side_stream import SideStream
 from sgl_hq.page_format import PageLayout
 from sgl_hq.pool.sizing import KVShape, TierSizes
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
@@ -50,6 +51,10 @@ class HQAttnBackendMixin(AttentionBackend):
     def workspace_bytes(self) -> int:
         """Device bytes held for plans and partial results."""
         return 0
+
+    def fits_graph(self, forward_batch) -> bool:
+        """A decode graph's plan has room for the batch."""
+        return True
 
     def _begin(self, plan) -> None:
         self._plan = plan
@@ -141,6 +146,10 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         with self.dense_tables(view, eager=False):
             super().init_forward_metadata_out_graph(view)  # as for a replay: "capture" would make new buffers
 
+    def fits_graph(self, forward_batch) -> bool:
+        runs = self._packed_runs(forward_batch)
+        return runs is None or self._graph_plan.prepare(runs, [1] * len(runs))
+
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self._forward(super().forward_decode, self.dense_decode, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
@@ -155,9 +164,12 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         # Breakable graphs name the memory of the output. The dense state must not take it: the merge reads one, writes the other.
         out, forward_batch._attn_output = getattr(forward_batch, "_attn_output", None), None
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        with self._side_stream.fork():
+            layer.attend_packed(q, self._plan, self.token_to_kv_pool)
         o, lse = dense(q, k, v, layer, forward_batch, save_kv_cache)
         o = o.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        return layer.finish_with_packed(q, o, lse, self.lse_base2, self._plan, self.token_to_kv_pool, out)
+        self._side_stream.join()
+        return layer.join_packed(q, o, lse, self.lse_base2, self._plan, self.token_to_kv_pool, out)
 
     def _packed_runs(self, forward_batch) -> Sequence[PackedRun] | None:
         """The packed runs of the batch without its padding; None if nothing is packed."""
@@ -180,6 +192,7 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         self._q_heads = q_heads
         self._graph_plan = None  # made when SGLang asks for graph buffers
         self._eager_plan = _eager_plan(self.token_to_kv_pool.packed, q_heads, eager_rows)
+        self._side_stream = SideStream(req_to_token.device)
         self._dense_view = DenseView(req_to_token.shape[1], req_to_token.device)
 
 

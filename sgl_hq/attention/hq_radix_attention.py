@@ -29,23 +29,26 @@ class HQRadixAttention(RadixAttention):
             merge_into(state, group.q_rows, attend_group(q[group.q_rows], k, v, self.scaling))
         return state
 
-    def finish_with_packed(
+    def attend_packed(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool) -> None:
+        """On a GPU: partial states of the plan's rows over its packed pages, into the plan's buffers. No synchronisation.
+
+        q: [rows, q_heads, head_dim] bf16, contiguous, already rotated.
+        """
+        grouped_attention(q, pool.packed.records[self.layer_id - pool.start_layer], plan.layout, plan.work, self.scaling)
+
+    def join_packed(
         self, q: torch.Tensor, dense_o: torch.Tensor, dense_lse: torch.Tensor, base2: bool, plan: DevicePlan, pool: HQTokenToKVPool,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Attend the packed pages of `plan` on the GPU and join them with the dense state of the same rows.
+        """What `attend_packed` left, the sinks and the dense state of the same rows, as one output.
 
-        q: [rows, q_heads, head_dim] bf16, already rotated. dense_o: [rows, q_heads, v_head_dim] bf16 or float32; dense_lse: [rows,
-        q_heads] float32 of any strides, base 2 if `base2` (FlashInfer), else natural. Returns [rows, q_heads * v_head_dim] of q.dtype,
-        `out` if given. Three kernels, no synchronisation.
+        dense_o: [rows, q_heads, v_head_dim] bf16 or float32; dense_lse: [rows, q_heads] float32 of any strides, base 2 if `base2`
+        (FlashInfer), else natural. Returns [rows, q_heads * v_head_dim] of q.dtype, in `out` if given.
         """
-        layer, tier, layout = self.layer_id - pool.start_layer, pool.packed, plan.layout
-        q = q.contiguous()
-        grouped_attention(q, tier.records[layer], layout, plan.work, self.scaling)
-        sinks = tier.sink_slots[layer] if layout.fmt.sink_tokens else None
+        sinks = pool.packed.sink_slots[self.layer_id - pool.start_layer] if plan.layout.fmt.sink_tokens else None
         out = torch.empty_like(q) if out is None else out.view(q.shape)
         merge(
-            q, plan.work, layout, self.scaling, sinks=sinks, dense_o=dense_o.contiguous(), dense_lse=dense_lse, base2=base2, out=out
+            q, plan.work, plan.layout, self.scaling, sinks=sinks, dense_o=dense_o.contiguous(), dense_lse=dense_lse, base2=base2, out=out
         )
         return out.flatten(1)
 

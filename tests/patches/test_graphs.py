@@ -48,3 +48,9 @@ def test_a_failed_capture_leaves_the_backend_as_it_was(monkeypatch):
 def test_the_batch_decides(reads, label, wanted):
     runner = SimpleNamespace(attn_backend=SimpleNamespace(reads_packed=reads))
     assert graphs.pick_variant(lambda *_: label, runner, None) == wanted
+
+
+@pytest.mark.parametrize("stock, fits, wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_batch_beyond_the_plan_runs_eagerly(stock, fits, wanted):
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(fits_graph=lambda _batch: fits))
+    assert graphs.runs_in_graph(lambda *_: stock, runner, None) == wanted

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_fields import field, join_field
+from .kernel_fields import dot, field, join_field
 
+ROWS = tl.constexpr(16)  # of a small tile
 TILE = tl.constexpr(16)  # tokens
 NO_SCORE = tl.constexpr(-1.0e30)  # score of a token that is not attended
 PEAK = tl.constexpr(2.0**14)  # largest magnitude of a float16 operand: sums of its products stay far below float32's range
@@ -148,17 +149,38 @@ def restore(raw, plane, guard, SHIFT: tl.constexpr, HIGH: tl.constexpr, PTX: tl.
 
 
 @triton.jit
-def escapes(record, first, count, D: tl.constexpr, RAW: tl.constexpr, BASES: tl.constexpr, PER_RUN: tl.constexpr, LIST: tl.constexpr):
-    """16 entries of the list from `first`, of which `count` are left: (token, channel, true minus restored value); a token
-    of -1 where there is none. RAW, BASES: byte offsets of the side; LIST: of positions and exponents."""
-    entry = tl.arange(0, 16)
-    listed = entry < count
-    position = tl.load((record + LIST[0]).to(tl.pointer_type(tl.uint16)) + first + entry, mask=listed, other=0).to(tl.int32)
-    exponent = tl.load(record + LIST[1] + first + entry, mask=listed, other=0).to(tl.int32)
-    raw = tl.load(record + RAW + position, mask=listed, other=0).to(tl.int32)
+def escape_list(record, first, LIST: tl.constexpr, BUDGET: tl.constexpr):
+    """16 entries of a lossless page's list from `first`: positions and exponents, int32. LIST: their byte offsets."""
+    entry = first + tl.arange(0, 16)
+    position = tl.load((record + LIST[0]).to(tl.pointer_type(tl.uint16)) + entry, mask=entry < BUDGET, other=0)
+    return position.to(tl.int32), tl.load(record + LIST[1] + entry, mask=entry < BUDGET, other=0).to(tl.int32)
+
+
+@triton.jit
+def escape_counts(record, TAIL: tl.constexpr, D: tl.constexpr):
+    """Escapes of K and of V."""
+    return tl.load(record + TAIL + D // 8 + 1).to(tl.int32), tl.load(record + TAIL + D // 8 + 2).to(tl.int32)
+
+
+@triton.jit
+def escapes(
+    record, position, exponent, first, k_count, v_count, D: tl.constexpr, K_RAW: tl.constexpr, V_RAW: tl.constexpr, TAIL: tl.constexpr
+):
+    """What `restore` got wrong: of 16 entries of the list, token, channel, and true minus restored value of K and of V, 0 for
+    an entry of the other side or of none. RAW, TAIL: byte offsets of sign and mantissa bytes and of the bases."""
+    entry = first + tl.arange(0, 16)
+    is_k, listed = entry < k_count, entry < k_count + v_count
     token, channel = position // D, position % D
-    base = tl.load(record + BASES + (channel // 8 if PER_RUN else channel * 0), mask=listed, other=0).to(tl.int32)
+    raw = tl.load(record + tl.where(is_k, K_RAW, V_RAW) + position, mask=listed, other=0).to(tl.int32)
+    base = tl.load(record + TAIL + tl.where(is_k, channel // 8, D // 8), mask=listed, other=0).to(tl.int32)
     rest = (raw & 0x7F) << 16 | (raw & 0x80) << 24
     true = (rest | exponent << 23).to(tl.float32, bitcast=True)
     restored = (rest | ((base - 15) & 0xFF) << 23).to(tl.float32, bitcast=True)
-    return tl.where(listed, token, -1), channel, tl.where(listed, true - restored, 0.0)
+    change = tl.where(listed, true - restored, 0.0)
+    return token, channel, tl.where(is_k, change, 0.0), tl.where(is_k, 0.0, change)
+
+
+@triton.jit
+def as_result(x, PTX: tl.constexpr):
+    """`[ROWS, N] float32` in the layout of a tensor-core result, so that it becomes an operand without leaving registers."""
+    return dot(tl.zeros((ROWS, 16), tl.float16), tl.zeros((16, x.shape[1]), tl.float16), x, PTX)

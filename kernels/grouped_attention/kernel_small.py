@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 
 from .kernel_codes import (
-    NO_SCORE, PEAK, TILE, codes, escapes, four, largest_byte, lift, number, planes, power_of_two, restore, rows_of, side_ranges,
+    NO_SCORE, PEAK, ROWS, TILE, as_result, codes, four, largest_byte, lift, number, planes, power_of_two, side_ranges,
 )  # fmt: skip
 from .kernel_fields import CODE_UNIT, dot, exp2, field, half, page_at
-
-ROWS = tl.constexpr(16)
+from .kernel_small_lossless import attend_lossless
 
 
 @triton.jit(do_not_specialize=["record_page", "record_head", "scale"])
@@ -59,7 +58,7 @@ def attend_small(
             even = tl.load(source[:, None] + pair, mask=inside[:, None], other=0.0)
             odd = tl.load(source[:, None] + pair + 1, mask=inside[:, None], other=0.0)
             if KIND == "lossless":
-                o0, o1, m, total = _lossless(
+                o0, o1, m, total = attend_lossless(
                     even, odd, source, inside, base, pages, count, record_page, scale, D, K_FIELDS, V_FIELDS, META, STAGES, PTX
                 )  # fmt: skip
             else:
@@ -83,7 +82,7 @@ def _coded(
     HALF: tl.constexpr = D // 2
     FLIP: tl.constexpr = 0x80 if KIND == "int8" else 0
     word, token = tl.arange(0, HALF), tl.arange(0, TILE)
-    even, odd = _as_result(even.to(tl.float32), PTX), _as_result(odd.to(tl.float32), PTX)
+    even, odd = as_result(even.to(tl.float32), PTX), as_result(odd.to(tl.float32), PTX)
     largest = tl.maximum(tl.max(tl.abs(even), 1), tl.max(tl.abs(odd), 1))
     unit = PEAK / power_of_two(tl.maximum(largest, 2.0**-60))
     q_sum = tl.sum(even + odd, 1) * scale
@@ -158,12 +157,6 @@ def _coded(
 
 
 @triton.jit
-def _as_result(x, PTX: tl.constexpr):
-    """`[ROWS, N] float32` in the layout of a tensor-core result, so that it becomes an operand without leaving registers."""
-    return dot(tl.zeros((ROWS, 16), tl.float16), tl.zeros((16, x.shape[1]), tl.float16), x, PTX)
-
-
-@triton.jit
 def _scores(a0, a1, k0, k1, k2, k3, J: tl.constexpr, BITS: tl.constexpr, FLIP: tl.constexpr, PTX: tl.constexpr):
     s = dot(a0, tl.trans(half(codes(k0, k1, k2, k3, J, 0, BITS, FLIP, PTX))), None, PTX)
     return dot(a1, tl.trans(half(codes(k0, k1, k2, k3, J, 1, BITS, FLIP, PTX))), s, PTX)
@@ -189,78 +182,3 @@ def _bf16(
         m, total = m_new, total * keep + tl.sum(p, 1)
         o = dot(p.to(tl.bfloat16), v, o * keep[:, None], PTX)
     return o, m, total
-
-
-@triton.jit
-def _lossless(
-    even, odd, source, inside, base, pages, count, record_page, scale, D: tl.constexpr, K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr, META: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Kind lossless: as `_coded`. FIELDS: byte offsets of raw bytes and exponent plane; META: of the escapes' positions,
-    exponents and tail, and their greatest number. Escapes are attended to as restored, and the difference is added."""
-    HALF: tl.constexpr = D // 2
-    BUDGET: tl.constexpr = META[3]
-    word = tl.arange(0, HALF)
-    even, odd = _as_result(even.to(tl.float32), PTX).to(tl.bfloat16), _as_result(odd.to(tl.float32), PTX).to(tl.bfloat16)
-    o0, o1 = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
-    total = tl.zeros((ROWS, TILE), tl.float32)
-    m = tl.full((ROWS,), NO_SCORE, tl.float32)
-    for i in tl.range(0, count, num_stages=STAGES):
-        record = tl.multiple_of(base + page_at(pages, i, PTX) * record_page, 16)
-        tail = record + META[2]
-        k_count, v_count = tl.load(tail + D // 8 + 1).to(tl.int32), tl.load(tail + D // 8 + 2).to(tl.int32)
-        guard = (tl.load(tail + word // 4).to(tl.int32) << 7 | 0x8000).to(tl.int16)
-        k_plane, k_plane_up = rows_of(record + K_FIELDS[1], 0, word, HALF), rows_of(record + K_FIELDS[1], 16, word, HALF)
-        s = ()
-        for j in tl.static_range(4):
-            raw = rows_of(record + K_FIELDS[0], TILE * j, word, HALF)
-            tile = k_plane if j % 2 == 0 else k_plane_up
-            bases = tl.broadcast_to(guard[None, :], raw.shape)
-            part = dot(even, tl.trans(restore(raw, tile, bases, 4 * (j // 2), False, PTX)), None, PTX)
-            s = s + (dot(odd, tl.trans(restore(raw, tile, bases, 4 * (j // 2) + 8, True, PTX)), part, PTX),)
-        s0, s1, s2, s3 = s[0], s[1], s[2], s[3]
-        for first in tl.static_range(0, BUDGET, 16):
-            if k_count > first:
-                token, channel, change = escapes(record, first, k_count - first, D, K_FIELDS[0], META[2], True, META)
-                picked = tl.load(source[:, None] + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-                picked = (picked * change[None, :]).to(tl.bfloat16)
-                s0 = dot(picked, _hot(token, 0), s0, PTX)
-                s1 = dot(picked, _hot(token, 16), s1, PTX)
-                s2 = dot(picked, _hot(token, 32), s2, PTX)
-                s3 = dot(picked, _hot(token, 48), s3, PTX)
-        s0, s1, s2, s3 = s0 * scale, s1 * scale, s2 * scale, s3 * scale
-        m_new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1))
-        keep = exp2(m - m_new, PTX)
-        m = m_new
-        o0, o1, total = o0 * keep[:, None], o1 * keep[:, None], total * keep[:, None]
-        guard = (tl.load(tail + D // 8).to(tl.int32) << 7 | 0x8000).to(tl.int16)
-        v_plane, v_plane_up = rows_of(record + V_FIELDS[1], 0, word, HALF), rows_of(record + V_FIELDS[1], 16, word, HALF)
-        p = ()
-        for j in tl.static_range(4):
-            weight = exp2((s0 if j == 0 else s1 if j == 1 else s2 if j == 2 else s3) - m[:, None], PTX)
-            total += weight
-            weight = weight.to(tl.bfloat16)
-            p = p + (weight,)
-            raw = rows_of(record + V_FIELDS[0], TILE * j, word, HALF)
-            tile = v_plane if j % 2 == 0 else v_plane_up
-            bases = tl.zeros((TILE, HALF), tl.int16) + guard
-            o0 = dot(weight, restore(raw, tile, bases, 4 * (j // 2), False, PTX), o0, PTX)
-            o1 = dot(weight, restore(raw, tile, bases, 4 * (j // 2) + 8, True, PTX), o1, PTX)
-        for first in tl.static_range(0, BUDGET, 16):
-            if v_count > first:
-                token, channel, change = escapes(
-                    record, k_count + first, v_count - first, D, V_FIELDS[0], META[2] + D // 8, False, META
-                )
-                of = dot(p[0], tl.trans(_hot(token, 0)), None, PTX)
-                of = dot(p[1], tl.trans(_hot(token, 16)), of, PTX)
-                of = dot(p[2], tl.trans(_hot(token, 32)), of, PTX)
-                of = (dot(p[3], tl.trans(_hot(token, 48)), of, PTX) * change[None, :]).to(tl.bfloat16)
-                o0 = dot(of, (channel[:, None] == 2 * word[None, :]).to(tl.bfloat16), o0, PTX)
-                o1 = dot(of, (channel[:, None] == 2 * word[None, :] + 1).to(tl.bfloat16), o1, PTX)
-    return o0, o1, m, tl.sum(total, 1)
-
-
-@triton.jit
-def _hot(token, FIRST: tl.constexpr):
-    """`[entries, TILE] bfloat16`: 1 where the entry's token is FIRST + column."""
-    return (token[:, None] == FIRST + tl.arange(0, TILE)[None, :]).to(tl.bfloat16)

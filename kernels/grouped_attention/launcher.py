@@ -87,7 +87,7 @@ def make_work(groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads
     grid = make_grid(layout, q_heads, kv_heads, device)
     expands = layout.fmt.kind != "bf16"
     words, parts = lay_out(groups, max_rows, grid, layout.fmt.sink_tokens, SCRATCH_PAGES if expands else None)
-    pages = int(words[grid.sections(max_rows)[4] + 1])
+    pages = int(words[grid.sections(max_rows)[2] + 1])
     part_o = torch.empty((parts, q_heads, layout.head_dim), dtype=torch.float32, device=device)
     part_lse = torch.empty((parts, q_heads), dtype=torch.float32, device=device)
     scratch = make_scratch(layout, kv_heads, pages, device)
@@ -134,7 +134,7 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
 
     _check(q, records, layout, work)
     grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
-    first_small, first_large, _, _, expand = grid.sections(work.max_rows)
+    first_small, first_large, expand, _, _ = grid.sections(work.max_rows)
     parts = (work.part_o, work.part_lse)
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
     attend_small[(grid.small * heads,)](
@@ -177,7 +177,7 @@ def merge(
     out = torch.empty_like(q) if out is None else out
     if not rows:
         return out
-    _, _, row_words, sink_words, _ = work.grid.sections(work.max_rows)
+    _, _, _, row_words, sink_words = work.grid.sections(work.max_rows)
     rotated = fmt.kind == "affine"
     signs = _signs(layout.v_head_dim, q.device) if rotated else q
     slot_strides = sinks.stride()[:2] if fmt.sink_tokens else (0, 0)

@@ -8,8 +8,8 @@ same work, so the lists are made once for all.
 The buffer, int32: header of fixed size, then lists; items, pages, rows and parts are named by their index in the buffer.
 
     small programs + 1  first item of each          |  large programs + 1  the same
-    max_rows + 1        first part of each row      |  max_rows            sink slot of each row, -1 = none
     2                   pages to expand: their list, their number
+    max_rows + 1        first part of each row      |  max_rows            sink slot of each row, -1 = none
     items: pages, number of pages, query rows, number of rows, part, tokens of the first page left out, 0, 0
 
 An item writes one *part* for each of its rows: the state of that row over the item's pages. `merge` joins a row's parts.
@@ -63,10 +63,11 @@ class Grid:
         return self.small + 1 + self.large + 1 + 2 * max_rows + 1 + 2
 
     def sections(self, max_rows: int) -> tuple[int, int, int, int, int]:
-        """Offsets of small programs, large programs, rows, sinks, pages to expand."""
+        """Offsets of small programs, large programs, pages to expand, rows, sinks: what kernels know when compiled comes before
+        what depends on max_rows."""
         large = self.small + 1
-        rows = large + self.large + 1
-        return 0, large, rows, rows + max_rows + 1, rows + 2 * max_rows + 1
+        expand = large + self.large + 1
+        return 0, large, expand, expand + 2, expand + 2 + max_rows + 1
 
 
 def lay_out(
@@ -107,16 +108,16 @@ def lay_out(
     items = np.concatenate([small[0], large[0]])
     items[:, 4] = np.concatenate([[0], items[:, 3].cumsum()[:-1]]) if len(items) else 0
     words = np.concatenate([np.zeros(header, np.int32), *lists, items.reshape(-1)]).astype(np.int32, copy=False)
-    small_at, large_at, rows_at, sinks_at, expand_words = grid.sections(max_rows)
+    small_at, large_at, expand_words, rows_at, sinks_at = grid.sections(max_rows)
     words[small_at:large_at] = at + ITEM_WORDS * small[1]
-    words[large_at:rows_at] = at + ITEM_WORDS * (len(small[0]) + large[1])
+    words[large_at:expand_words] = at + ITEM_WORDS * (len(small[0]) + large[1])
 
     part_rows = words[_spans(items[:, 2], items[:, 3])]  # the query row of every part
     parts_at = len(words)
     counts = np.bincount(part_rows, minlength=max_rows)
     words[rows_at : sinks_at] = parts_at + np.concatenate([[0], counts.cumsum()])
-    words[sinks_at:expand_words] = NO_SINK
-    words[expand_words:header] = expand_at, used
+    words[sinks_at:header] = NO_SINK
+    words[expand_words:rows_at] = expand_at, used
     for group in groups:
         if group.sink != NO_SINK:
             words[sinks_at + np.asarray(group.rows)] = group.sink

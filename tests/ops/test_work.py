@@ -48,7 +48,7 @@ class Lists:
         assert words.dtype == np.int32 and small == 0
         self.parts = [words[words[rows + r] : words[rows + r + 1]].tolist() for r in range(max_rows)]
         assert words[rows + max_rows] == len(words), "the lists of parts end the buffer"
-        self.sinks = words[sinks:expand].tolist()
+        self.sinks = words[sinks : grid.header_words(max_rows)].tolist()
         at, count = words[expand : expand + 2]
         self.expanded = words[at : at + count].tolist()
         self.programs = {

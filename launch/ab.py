@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from sgl_hq.launch.ab_report import Phase, Row, paragraph, row, table, write_jso
 from sgl_hq.launch.kv_accounts import PeakSampler, bytes_per_token, read_accounts
 from sgl_hq.launch.run_facts import run_facts
 from sgl_hq.launch.server_process import ServerProcess
+from sgl_hq.launch.signals import terminated_like_interrupted
 from sgl_hq.launch.waves import run_wave
 from sgl_hq.launch.workload import ChatRequest, Workload
 from sgl_hq.page_format import DEFAULT_LOSSY, PAGE_TOKENS
@@ -121,7 +119,7 @@ def run(
     rows: list[Row] = []
     logs = Path(tempfile.mkdtemp(prefix="sgl-hq-ab-"))  # kept when an arm fails: the error names the file
     try:
-        with _terminated_like_interrupted(), ABProgress(len(arms), len(PHASES) * len(waves)) as progress:
+        with terminated_like_interrupted(), ABProgress(len(arms), len(PHASES) * len(waves)) as progress:
             _measure(setup, waves, logs, rows, progress)
     finally:
         if json_path is not None:
@@ -208,17 +206,3 @@ def _demo_model() -> str:
     from sgl_hq.launch.demo_model import ensure_demo_model
 
     return str(ensure_demo_model())
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end us the way Ctrl-C does, through every `with`, so that no server is left behind."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

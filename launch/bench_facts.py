@@ -20,11 +20,11 @@ class BenchError(RuntimeError):
 
 
 def bench_facts(commit: str | None = None) -> dict[str, Any]:
-    """`run_facts` with the GPU, the packages that hold GPU kernels, and the command. commit: where there is no checkout."""
+    """`run_facts` with the GPU, the packages that hold GPU kernels, and the command. commit: where this is a copy of a checkout."""
     import torch
 
     facts = run_facts()
-    facts["commit"] = facts["commit"] or commit
+    facts["commit"] = commit or facts["commit"]
     facts["versions"] |= {name: _version(name) for name in _PACKAGES} | {"cuda": torch.version.cuda}
     facts["machine"] |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     return facts | {"command": command_line(sys.argv[1:])}

@@ -27,6 +27,7 @@ from sgl_hq.launch.bench_progress import Steps
 from sgl_hq.launch.bench_serve_report import judge, show
 from sgl_hq.launch.bench_workloads import QUICK_WORKLOADS, WARM_UP, WORKLOADS, Workload, figures, parse_workloads
 from sgl_hq.launch.kv_accounts import AccountsError, gauge, resident_dense_tokens
+from sgl_hq.launch.server_log import full_batch_step_ms
 from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.launch.signals import terminated_like_interrupted
 from sgl_hq.page_format import PAGE_TOKENS
@@ -202,11 +203,12 @@ def measure_workload(setup: Setup, session: Session, load: Workload, server: Ser
     server.flush_cache()
     if load.priming is not None:
         client.run(server, load.priming, *files)
-    before = _counters(_hq(server, session.arm, session.pack))
+    before, logged = _counters(_hq(server, session.arm, session.pack)), len(server.log_text())
     result = client.run(server, load.wave, *files)
+    step_ms = full_batch_step_ms(server.log_text()[logged:], load.wave.requests)
     hq = _hq(server, session.arm, session.pack)
     counted = {key: value - before[key] for key, value in _counters(hq).items()}
-    return _row(session, load, **figures(result), **_memory(setup, session.arm, server, hq), **counted, start_s=server.start_s)
+    return _row(session, load, **figures(result), **_memory(setup, session.arm, server, hq), **counted, step_ms_full=step_ms, start_s=server.start_s)
 
 
 def _hq(server: ServerProcess, arm: Arm, pack: str | None = None) -> dict[str, Any] | None:

@@ -104,6 +104,7 @@ _LATENCY = (
     ("arm", lambda row: row["arm"]),
     ("TPOT ms", _number("tpot_ms", 2)),
     ("p99", _number("tpot_ms_p99", 2)),
+    ("full-batch step ms", _number("step_ms_full", 2)),
     ("ITL ms", _number("itl_ms", 2)),
     ("p99", _number("itl_ms_p99", 2)),
     ("TTFT ms", _number("ttft_ms", 0)),

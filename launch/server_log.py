@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 # "ValueError: ...", "some.module.SomeError: ...", "launch_server.py: error: ...", with or without a "[time] " before it.
 _ERROR = re.compile(r"^(\[[^\]]*\] )?([\w.]*(Error|Exception|Refused|Failed)\b: |[\w.-]+: error: )")
 _PREFILL = re.compile(r"Prefill batch, #new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
 _DECODE = re.compile(r"Decode batch, #running-req: (\d+)")
+
+
+_THROUGHPUT = re.compile(r"(Decode|Prefill) batch, (?:.*?#running-req: (\d+))?(?:.*?gen throughput \(token/s\): ([0-9.]+))?")
 
 
 def failure_reason(log: str, lines: int = 2) -> str:
@@ -32,3 +36,19 @@ def logged_batches(log: str) -> tuple[tuple, ...]:
         elif found := _DECODE.search(line):
             batches.append(("decode", int(found[1])))
     return tuple(batches)
+
+
+def full_batch_step_ms(log: str, requests: int) -> float | None:
+    """Median milliseconds of a decode step while all `requests` run, as the scheduler itself counts them; None if it never says so.
+
+    A decode line tells the throughput since the line before it: only windows between two decode lines that both have the
+    full batch, with no prefill in between, count. A client's time per token also holds the steps in which other requests
+    still arrive, and these differ from arm to arm.
+    """
+    steps, full = [], False
+    for kind, running, throughput in _THROUGHPUT.findall(log):
+        now = kind == "Decode" and int(running or 0) == requests
+        if now and full and float(throughput or 0) > 0:
+            steps.append(requests / float(throughput) * 1e3)
+        full = now
+    return statistics.median(steps) if steps else None

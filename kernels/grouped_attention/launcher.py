@@ -175,6 +175,8 @@ def merge(
     if fmt.sink_tokens and sinks is None:
         raise ValueError(f"format {fmt.name} keeps sinks: give their slots")
     out = torch.empty_like(q) if out is None else out
+    if not out.is_contiguous() or not (out_lse is None or out_lse.is_contiguous()):
+        raise ValueError("out and out_lse must be contiguous")
     if not rows:
         return out
     _, _, _, row_words, sink_words = work.grid.sections(work.max_rows)

@@ -120,7 +120,7 @@ def lay_out(
     words[expand_words:rows_at] = expand_at, used
     for group in groups:
         if group.sink != NO_SINK:
-            words[sinks_at + np.asarray(group.rows)] = group.sink
+            words[sinks_at + np.asarray(group.rows, np.int64)] = group.sink
     parts = np.argsort(part_rows, kind="stable").astype(np.int32)
     return np.concatenate([words, parts]), len(part_rows)
 

@@ -91,10 +91,6 @@ class PackedTier:
         """The sink slot of a page that begins a sequence, NO_SINK of any other."""
         return self._sink_of_page[page]
 
-    def sink_slot(self, page: int) -> int:
-        """Slot of the sinks that belong to packed page `page`, or NO_SINK: it begins no sequence, or the format has none."""
-        return self._sink_of_page[page]
-
     def has_room(self, pages: int, needs_sink: bool) -> bool:
         return pages <= self.pages_free and not (needs_sink and self.sink_tokens and not self.sinks_free)
 

@@ -20,6 +20,7 @@ from sgl_hq.launch.bench_model import QWEN_7B, BenchModel, shape_with_dummy_weig
 from sgl_hq.launch.bench_serve import Session, Setup, check_pool, measure, missing_backend, sessions
 from sgl_hq.launch.bench_serve_report import judge, show
 from sgl_hq.launch.bench_workloads import WARM_UP, WORKLOADS, Wave, better, figures, parse_workloads
+from sgl_hq.launch.server_log import full_batch_step_ms
 from sgl_hq.launch.server_process import Sample, ServerFailed
 from sgl_hq.launch.signals import terminated_like_interrupted
 
@@ -150,7 +151,7 @@ def rows_of(*measured):
         arm = parse_arms(name)[0]
         rows.append(bench_serve._row(Session(arm, "shared", ()), WORKLOADS[workload], **figures(result(tpot, ttft, out))))
         rows[-1] |= {key: 1_000_000 for key in ("dense_tokens", "packed_tokens", "kv_bytes_used", "kv_bytes_allocated")}
-        rows[-1] |= {"packed_tokens_read": 10, "packed_tokens_attended": 160, "start_s": 80.0}
+        rows[-1] |= {"packed_tokens_read": 10, "packed_tokens_attended": 160, "start_s": 80.0, "step_ms_full": 6.9}
     return rows
 
 
@@ -199,6 +200,9 @@ class FakeServer:
 
     def flush_cache(self):
         self.flushed += 1
+
+    def log_text(self):
+        return ""
 
     def server_info(self):
         if self.hq is None:
@@ -340,3 +344,19 @@ def test_sigterm_ends_a_run_like_ctrl_c():
         finally:
             cleaned.append(True)
     assert ended.value.code == 128 + signal.SIGTERM and cleaned and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    "log, wanted",
+    [
+        ("", None),
+        # The first full window began before the batch was full; the prefill breaks the next one.
+        ("D 3 900\nD 4 1000\nP 4\nD 4 500\nD 4 2000\nD 4 4000\nD 3 100\n", 1.5),
+        ("D 4 1000\nP 4\nD 4 1000\n", None),
+    ],
+)
+def test_steps_of_a_full_batch_come_from_windows_without_prefill(log, wanted):
+    lines = {"D": "[time] Decode batch, #running-req: {}, #token: 7, cuda graph: True, gen throughput (token/s): {}, #queue-req: 0",
+             "P": "[time] Prefill batch, #new-seq: 1, #running-req: {}, input throughput (token/s): 9"}  # fmt: skip
+    text = "\n".join(lines[line[0]].format(*line.split()[1:]) for line in log.splitlines())
+    assert full_batch_step_ms(text, 4) == wanted

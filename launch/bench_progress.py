@@ -20,7 +20,3 @@ class Steps:
         left = (now - self._start) / self._done * (self._total - self._done)
         took, self._last = now - self._last, now
         print(f"[{self._done}/{self._total}] {what}: {took:.1f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
-
-    def note(self, what: str) -> None:
-        """Something worth a line that is not a step."""
-        print(f"[{self._done}/{self._total}] {what}", file=sys.stderr, flush=True)

@@ -52,23 +52,6 @@ def join_field(words, below, SHIFT: tl.constexpr, MASK: tl.constexpr, PTX: tl.co
 
 
 @triton.jit
-def row_field(words, below, rows, MASK: tl.constexpr, UP: tl.constexpr, PTX: tl.constexpr):
-    """below | (((words >> rows) & MASK) << UP); rows int16, 0 to 15, equal for neighbours that share a register."""
-    if PTX:
-        text: tl.constexpr = _ptx_row(MASK, UP)
-        return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, below, rows], dtype=tl.int16, is_pure=True, pack=2)
-    wide = words.to(tl.int32) & 0xFFFF
-    return (below | (((wide >> rows.to(tl.int32)) & MASK) << UP)).to(tl.int16)
-
-
-@triton.constexpr_function
-def _ptx_row(mask: int, up: int) -> str:
-    keep = f"0x{mask << up:04X}{mask << up:04X}"
-    lift = f"shl.b32 t, t, {up}; " if up else ""
-    return f"{{ .reg .b32 t, n; and.b32 n, $3, 31; shr.u32 t, $1, n; {lift}lop3.b32 $0, t, {keep}, $2, 0xEA; }}"
-
-
-@triton.jit
 def half(bits):
     """int16 bits as the float16 that they are."""
     return bits.to(tl.float16, bitcast=True)

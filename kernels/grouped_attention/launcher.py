@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from sgl_hq.kernels.page_codec.hadamard import block_size, sign_matrix
-from sgl_hq.page_format import PAGE_TOKENS, PageLayout, plane_widths
+from sgl_hq.kernels.page_codec.launcher import affine_constants, lossless_constants, simple_constants
+from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
 from .work import LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, lay_out
 
@@ -87,11 +88,19 @@ def make_work(groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads
     grid = make_grid(layout, q_heads, kv_heads, device)
     expands = layout.fmt.kind != "bf16"
     words, parts = lay_out(groups, max_rows, grid, layout.fmt.sink_tokens, SCRATCH_PAGES if expands else None)
-    pages = int(words[grid.sections(max_rows)[2] + 1])
-    part_o = torch.empty((parts, q_heads, layout.head_dim), dtype=torch.float32, device=device)
-    part_lse = torch.empty((parts, q_heads), dtype=torch.float32, device=device)
-    scratch = make_scratch(layout, kv_heads, pages, device)
-    return Work(grid, max_rows, kv_heads, torch.from_numpy(words).to(device), part_o, part_lse, scratch)
+    scratch = make_scratch(layout, kv_heads, int(words[grid.sections(max_rows).expand + 1]), device)
+    work = empty_work(grid, max_rows, len(words), parts, scratch)
+    work.words.copy_(torch.from_numpy(words))
+    return work
+
+
+def empty_work(grid: Grid, max_rows: int, words: int, parts: int, scratch: torch.Tensor) -> Work:
+    """Buffers for lists of `words` words and `parts` parts, on the device of `scratch`."""
+    _, kv_heads, _, _, head_dim = scratch.shape
+    shape, device = (parts, grid.group * kv_heads, head_dim), scratch.device
+    part_o = torch.empty(shape, dtype=torch.float32, device=device)
+    part_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+    return Work(grid, max_rows, kv_heads, torch.zeros(words, dtype=torch.int32, device=device), part_o, part_lse, scratch)
 
 
 def make_scratch(layout: PageLayout, kv_heads: int, pages: int, device: torch.device) -> torch.Tensor:
@@ -134,11 +143,11 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
 
     _check(q, records, layout, work)
     grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
-    first_small, first_large, expand, _, _ = grid.sections(work.max_rows)
+    at = grid.sections(work.max_rows)
     parts = (work.part_o, work.part_lse)
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
     attend_small[(grid.small * heads,)](
-        q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=first_small,
+        q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=at.small,
         PROGRAMS=grid.small, **_SMALL,
     )  # fmt: skip
     if kind == "bf16":
@@ -147,10 +156,10 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
         pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
         expand_pages[(programs,)](
             records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
-            FIRST=expand, PROGRAMS=programs, num_warps=4,
+            FIRST=at.expand, PROGRAMS=programs, num_warps=4,
         )  # fmt: skip
     attend_large[(grid.large * heads,)](
-        q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=first_large, PROGRAMS=grid.large,
+        q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=at.large, PROGRAMS=grid.large,
         ROWS=LARGE_ROWS, **_LARGE,
     )  # fmt: skip
 
@@ -179,7 +188,7 @@ def merge(
         raise ValueError("out and out_lse must be contiguous")
     if not rows:
         return out
-    _, _, _, row_words, sink_words = work.grid.sections(work.max_rows)
+    at = work.grid.sections(work.max_rows)
     rotated = fmt.kind == "affine"
     signs = _signs(layout.v_head_dim, q.device) if rotated else q
     slot_strides = sinks.stride()[:2] if fmt.sink_tokens else (0, 0)
@@ -187,7 +196,7 @@ def merge(
     together = _heads_together(rows, work)
     merge_states[(rows, work.kv_heads // together)](
         q, work.words, work.part_o, work.part_lse, sinks if fmt.sink_tokens else q, signs, q if dense_o is None else dense_o,
-        q if dense_lse is None else dense_lse, out, q if out_lse is None else out_lse, scale * LOG2_E, row_words, sink_words,
+        q if dense_lse is None else dense_lse, out, q if out_lse is None else out_lse, scale * LOG2_E, at.rows, at.sinks,
         *slot_strides, *lse_strides, Q_HEADS=q.shape[1], GROUP=work.grid.group, KV_HEADS=together, D=layout.v_head_dim,
         BLOCK=block_size(layout.v_head_dim) if rotated else 0, SINK_TOKENS=fmt.sink_tokens, HAS_DENSE=dense_o is not None,
         BASE_2=base2, WRITE_LSE=out_lse is not None, PTX=q.is_cuda, num_warps=4,
@@ -207,42 +216,32 @@ def _heads_together(rows: int, work: Work) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _constants(layout: PageLayout) -> dict[str, Any]:
-    """Byte offsets of a record's fields, as constants of the kernels."""
+    """Byte offsets of a record's fields, as constants of kernel_small.py."""
     fmt = layout.fmt
     out: dict[str, Any] = {"KIND": fmt.kind, "K_BITS": 0, "V_BITS": 0, "META": (0,)}
     if fmt.kind == "affine":
-        fields = [tuple(layout[f"{s}_plane{w}"].offset for w in plane_widths(b)) for s, b in (("k", fmt.k_bits), ("v", fmt.v_bits))]
-        meta = tuple(layout[name].offset for name in ("k_scale", "k_min", "v_scale", "v_min", "ranges"))
-        out |= {"K_BITS": fmt.k_bits, "V_BITS": fmt.v_bits, "META": meta}
-    elif fmt.kind == "int8":
-        fields = [(layout[f"{s}_codes"].offset,) for s in "kv"]
-        out |= {"K_BITS": 8, "V_BITS": 8, "META": (layout["k_scale"].offset, layout["v_scale"].offset)}
-    elif fmt.kind == "lossless":
-        fields = [(layout[f"{s}_raw"].offset, layout[f"{s}_exp"].offset) for s in "kv"]
-        out |= {"META": (*(field.offset for field in layout.escape_fields), layout.escape_budget)}
-    else:
-        fields = [(layout[s].offset,) for s in "kv"]
-    return out | {"K_FIELDS": fields[0], "V_FIELDS": fields[1]}
+        found = affine_constants(layout)
+        fields = {f"{side}_FIELDS": tuple(offset for _, _, offset in found[f"{side}_PLANES"]) for side in "KV"}
+        meta = (*found["K_META"], *found["V_META"], found["RANGES"])
+        return out | fields | {"K_BITS": fmt.k_bits, "V_BITS": fmt.v_bits, "META": meta}
+    found = lossless_constants(layout) if fmt.kind == "lossless" else simple_constants(layout)
+    fields = {side: found[side] for side in ("K_FIELDS", "V_FIELDS")}
+    if fmt.kind == "int8":
+        codes = {side: offsets[:1] for side, offsets in fields.items()}
+        return out | codes | {"K_BITS": 8, "V_BITS": 8, "META": (fields["K_FIELDS"][1], fields["V_FIELDS"][1])}
+    return out | fields | ({"META": (*found["ESCAPES"], found["BUDGET"])} if fmt.kind == "lossless" else {})
 
 
 @functools.lru_cache(maxsize=16)
 def _expand_constants(layout: PageLayout) -> dict[str, Any]:
-    """The same for kernel_expand.py, whose planes are (width, bits below, offset) as in page_codec/launcher.py."""
-    fmt = layout.fmt
+    """The same for kernel_expand.py: planes of affine pages, fields of others."""
     out: dict[str, Any] = {"K_META": (0,), "V_META": (0,), "RANGES": 0, "ESCAPES": (0,), "BUDGET": 0}
-    if fmt.kind == "affine":
-        for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits)):
-            widths = plane_widths(bits)
-            below = [sum(widths[:i]) for i in range(len(widths))]
-            planes = zip(widths, below, (layout[f"{side}_plane{w}"].offset for w in widths), strict=True)
-            out[f"{side}_planes".upper()] = tuple(planes)
-            out[f"{side}_meta".upper()] = (layout[f"{side}_scale"].offset, layout[f"{side}_min"].offset)
-        return out | {"RANGES": layout["ranges"].offset}
-    names = ("raw", "exp") if fmt.kind == "lossless" else ("codes", "scale")
-    out |= {f"{side}_planes".upper(): tuple(layout[f"{side}_{name}"].offset for name in names) for side in "kv"}
-    if fmt.kind == "lossless":
-        out |= {"ESCAPES": tuple(field.offset for field in layout.escape_fields), "BUDGET": layout.escape_budget}
-    return out
+    if layout.fmt.kind == "affine":
+        found = affine_constants(layout)
+        return out | {name: found[name] for name in ("K_PLANES", "V_PLANES", "K_META", "V_META", "RANGES")}
+    found = lossless_constants(layout) if layout.fmt.kind == "lossless" else simple_constants(layout)
+    fields = {"K_PLANES": found["K_FIELDS"], "V_PLANES": found["V_FIELDS"]}
+    return out | fields | {name: found[name] for name in ("ESCAPES", "BUDGET") if name in found}
 
 
 @functools.lru_cache(maxsize=8)

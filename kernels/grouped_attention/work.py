@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,16 @@ class RowGroup:
     sink: int = NO_SINK
 
 
+class Sections(NamedTuple):
+    """Where the parts of the header begin: programs of small and of large tiles, pages to expand, rows, sinks."""
+
+    small: int
+    large: int
+    expand: int
+    rows: int
+    sinks: int
+
+
 @dataclass(frozen=True)
 class Grid:
     """Programs per kv head of the two kernels, and the query heads that share a kv head."""
@@ -62,12 +73,11 @@ class Grid:
     def header_words(self, max_rows: int) -> int:
         return self.small + 1 + self.large + 1 + 2 * max_rows + 1 + 2
 
-    def sections(self, max_rows: int) -> tuple[int, int, int, int, int]:
-        """Offsets of small programs, large programs, pages to expand, rows, sinks: what kernels know when compiled comes before
-        what depends on max_rows."""
+    def sections(self, max_rows: int) -> Sections:
+        """What kernels know when they are compiled comes before what depends on max_rows."""
         large = self.small + 1
         expand = large + self.large + 1
-        return 0, large, expand, expand + 2, expand + 2 + max_rows + 1
+        return Sections(0, large, expand, expand + 2, expand + 2 + max_rows + 1)
 
 
 def lay_out(
@@ -108,19 +118,19 @@ def lay_out(
     items = np.concatenate([small[0], large[0]])
     items[:, 4] = np.concatenate([[0], items[:, 3].cumsum()[:-1]]) if len(items) else 0
     words = np.concatenate([np.zeros(header, np.int32), *lists, items.reshape(-1)]).astype(np.int32, copy=False)
-    small_at, large_at, expand_words, rows_at, sinks_at = grid.sections(max_rows)
-    words[small_at:large_at] = at + ITEM_WORDS * small[1]
-    words[large_at:expand_words] = at + ITEM_WORDS * (len(small[0]) + large[1])
+    head = grid.sections(max_rows)
+    words[head.small : head.large] = at + ITEM_WORDS * small[1]
+    words[head.large : head.expand] = at + ITEM_WORDS * (len(small[0]) + large[1])
 
     part_rows = words[_spans(items[:, 2], items[:, 3])]  # the query row of every part
     parts_at = len(words)
     counts = np.bincount(part_rows, minlength=max_rows)
-    words[rows_at : sinks_at] = parts_at + np.concatenate([[0], counts.cumsum()])
-    words[sinks_at:header] = NO_SINK
-    words[expand_words:rows_at] = expand_at, used
+    words[head.rows : head.sinks] = parts_at + np.concatenate([[0], counts.cumsum()])
+    words[head.sinks : header] = NO_SINK
+    words[head.expand : head.rows] = expand_at, used
     for group in groups:
         if group.sink != NO_SINK:
-            words[sinks_at + np.asarray(group.rows, np.int64)] = group.sink
+            words[head.sinks + np.asarray(group.rows, np.int64)] = group.sink
     parts = np.argsort(part_rows, kind="stable").astype(np.int32)
     return np.concatenate([words, parts]), len(part_rows)
 

@@ -72,16 +72,16 @@ def pack_pages(
         arguments = (*tables, records, sinks, *where, *sinks.stride()[:2])
         registers = _PACK_REGISTERS if max(layout.head_dim, layout.v_head_dim) <= _REGISTERS_UP_TO_DIM else None
         options = _PACK_AFFINE | {"maxnreg": registers, "HAS_SINK": has_sink}
-        pack_affine[(2 * grid,)](*arguments, **_affine_constants(layout), **options)
+        pack_affine[(2 * grid,)](*arguments, **affine_constants(layout), **options)
     elif fmt.kind == "lossless":
         from .kernel_lossless import pack_lossless
 
-        constants = _lossless_constants(layout) | {"RECORD_BYTES": layout.record_bytes}
+        constants = lossless_constants(layout) | {"RECORD_BYTES": layout.record_bytes}
         pack_lossless[(grid,)](*tables, records, *where, **constants, **_OTHERS)
     elif fmt.kind in ("int8", "bf16"):
         from .kernel_simple import pack_simple
 
-        pack_simple[(2 * grid,)](*tables, records, *where, **_simple_constants(layout), **_OTHERS)
+        pack_simple[(2 * grid,)](*tables, records, *where, **simple_constants(layout), **_OTHERS)
     return status
 
 
@@ -124,25 +124,25 @@ def unpack_pages(
 
         sinks = records[:, 0] if sink is None else sink
         signs = [_signs(dim, records.device) for dim in (layout.head_dim, layout.v_head_dim)]
-        constants = _affine_constants(layout) | {"HAS_SINK": sink is not None, "RUN": _RUN}
+        constants = affine_constants(layout) | {"HAS_SINK": sink is not None, "RUN": _RUN}
         del constants["K_BITS"], constants["V_BITS"]
         grid = (layers * 2 * -(-pages * heads // _RUN),)
         unpack_affine[grid](records, sinks, *where, *signs, *sizes, *sinks.stride()[:2], **constants, **_UNPACK_AFFINE)
     elif fmt.kind == "lossless":
         from .kernel_lossless import unpack_lossless
 
-        unpack_lossless[(layers * pages * heads,)](records, *where, *sizes, **_lossless_constants(layout), **_OTHERS)
+        unpack_lossless[(layers * pages * heads,)](records, *where, *sizes, **lossless_constants(layout), **_OTHERS)
     elif fmt.kind in ("int8", "bf16"):
         from .kernel_simple import unpack_simple
 
-        unpack_simple[(layers * pages * 2 * heads,)](records, *where, *sizes, **_simple_constants(layout), **_OTHERS)
+        unpack_simple[(layers * pages * 2 * heads,)](records, *where, *sizes, **simple_constants(layout), **_OTHERS)
 
 
-# Where the fields of a record are, as constants of a kernel. Cached: the dicts are asked for on every call.
+# Where the fields of a record are, as constants of a kernel; grouped_attention/launcher.py takes its own from here. Cached: the dicts are asked for on every call.
 
 
 @functools.lru_cache(maxsize=64)
-def _affine_constants(layout: PageLayout) -> dict[str, Any]:
+def affine_constants(layout: PageLayout) -> dict[str, Any]:
     fmt = layout.fmt
     constants: dict[str, Any] = {
         "D": layout.head_dim, "DV": layout.v_head_dim, "K_BITS": fmt.k_bits, "V_BITS": fmt.v_bits,
@@ -160,14 +160,14 @@ def _affine_constants(layout: PageLayout) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _lossless_constants(layout: PageLayout) -> dict[str, Any]:
+def lossless_constants(layout: PageLayout) -> dict[str, Any]:
     fields = {f"{side}_fields".upper(): (layout[f"{side}_raw"].offset, layout[f"{side}_exp"].offset) for side in "kv"}
     escapes = tuple(field.offset for field in layout.escape_fields)
     return fields | {"D": layout.head_dim, "DV": layout.v_head_dim, "ESCAPES": escapes, "BUDGET": layout.escape_budget}
 
 
 @functools.lru_cache(maxsize=16)
-def _simple_constants(layout: PageLayout) -> dict[str, Any]:
+def simple_constants(layout: PageLayout) -> dict[str, Any]:
     names = ("{}_codes", "{}_scale") if layout.fmt.kind == "int8" else ("{}",)
     fields = {f"{side}_fields".upper(): tuple(layout[name.format(side)].offset for name in names) for side in "kv"}
     return fields | {"D": layout.head_dim, "DV": layout.v_head_dim, "INT8": layout.fmt.kind == "int8"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sgl_hq.attention.grouping import group_rows
-from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, WorkOverflow, make_grid, make_scratch
+from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, WorkOverflow, empty_work, make_grid, make_scratch
 from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.packed_tier import PackedTier
@@ -30,7 +30,7 @@ class DevicePlan:
     def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
         """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good.
         scratch: that of another plan that never runs at the same time, to be shared."""
-        self._tier, self._q_heads, self._graph = tier, q_heads, graph
+        self._tier, self._graph = tier, graph
         self.layout = tier.codecs[0].layout
         self._device = tier.records[0].device
         self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
@@ -45,7 +45,7 @@ class DevicePlan:
         self._scratch = make_scratch(self.layout, tier.shape.kv_heads, room, self._device) if scratch is None else scratch
         parts = LEVELS * max_rows + self._split_parts if graph else 0
         lists = tier.sizes.packed_pages + room + 2 * parts + ITEM_WORDS * (parts + self._grid.small + self._grid.large)
-        self.work = self._allocate(max_rows, self._grid.header_words(max_rows) + lists if graph else 0, parts)
+        self.work = empty_work(self._grid, max_rows, self._grid.header_words(max_rows) + lists if graph else 0, parts, self._scratch)
         self.set([], [])
 
     @property
@@ -74,7 +74,7 @@ class DevicePlan:
         if self._uploaded:
             return
         if not self._fits:
-            self.work = self._allocate(self._rows, len(self._lists), self._parts)
+            self.work = empty_work(self._grid, self._rows, len(self._lists), self._parts, self._scratch)
         self._upload(self._lists)
         self._uploaded = True
 
@@ -99,16 +99,6 @@ class DevicePlan:
     def _split_parts(self) -> int:
         """Parts more than tiles have rows: every program cuts at most one tile."""
         return self._grid.small * self._grid.small_rows + self._grid.large * self._grid.large_rows
-
-    def _allocate(self, max_rows: int, words: int, parts: int) -> Work:
-        shape = (parts, self._q_heads, self.layout.v_head_dim)
-        return Work(
-            self._grid, max_rows, self._tier.shape.kv_heads,
-            torch.zeros(words, dtype=torch.int32, device=self._device),
-            torch.empty(shape, dtype=torch.float32, device=self._device),
-            torch.empty(shape[:2], dtype=torch.float32, device=self._device),
-            self._scratch,
-        )  # fmt: skip
 
     def _upload(self, words: np.ndarray) -> None:
         if self._device.type != "cuda":

@@ -8,7 +8,8 @@ from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, Grid
 
 
 class Lists:
-    """The buffer as the kernels walk it. `programs[kind][program]` are items (pages, rows, part, skip, where of their pages)."""
+    """The buffer as the kernels walk it. `programs[kind][program]` are items (pages, rows, part, skip, where of their rows), pages by
+    their packed ids, wherever they are read."""
 
     def __init__(self, words: np.ndarray, max_rows: int, grid: Grid) -> None:
         small, large, expand, rows, sinks = grid.sections(max_rows)
@@ -26,11 +27,12 @@ class Lists:
             for kind, start, programs in (("small", small, grid.small), ("large", large, grid.large))
         }
 
-    @staticmethod
-    def _item(words: np.ndarray, at: int) -> tuple[list[int], list[int], int, int, int]:
-        pages, n_pages, rows, n_rows, part, skip, *unused = words[at : at + ITEM_WORDS].tolist()
-        assert n_pages > 0 and n_rows > 0 and unused == [0, 0]
-        return words[pages : pages + n_pages].tolist(), words[rows : rows + n_rows].tolist(), part, skip, rows
+    def _item(self, words: np.ndarray, at: int) -> tuple[list[int], list[int], int, int, int]:
+        where, n_pages, rows, n_rows, part, skip, expanded, unused = words[at : at + ITEM_WORDS].tolist()
+        assert n_pages > 0 and n_rows > 0 and expanded in (0, 1) and unused == 0
+        pages = words[where : where + n_pages].tolist()
+        pages = [self.expanded[page] for page in pages] if expanded else pages
+        return pages, words[rows : rows + n_rows].tolist(), part, skip, rows
 
     def items(self, kind: str) -> list:
         return [item for program in self.programs[kind] for item in program]

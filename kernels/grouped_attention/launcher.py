@@ -29,11 +29,16 @@ HEAD_DIMS = (64, 128)
 # registers: 255 a thread.
 _SMALL = {"num_warps": 1, "STAGES": 3}
 _LARGE = {"num_warps": 8, "STAGES": 3}
+_LARGE_STEP = 2  # pages of a step there
 _SMALL_PER_SM, _LARGE_PER_SM = 8, 1
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _MERGE_PROGRAMS = 256  # about two an SM
 _EXPAND_PER_SM = 8
+_HOPPER = {"num_warps": 4, "STAGES": 3}
+# A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
+_DIRECT_TILES = 4
+_DIRECT_KINDS = ("int8", "affine")
 SCRATCH_PAGES = 1024  # pages of large groups that a forward may have; the rest is read in small tiles
 
 
@@ -80,7 +85,15 @@ def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.dev
     one_bit = sum(bits & 1 for bits in (layout.fmt.k_bits, layout.fmt.v_bits)) if layout.fmt.kind == "affine" else 0
     buffers = 2 * (layout.record_bytes + one_bit * 24 * layout.head_dim)  # the rows of a 1-bit plane lie there four times
     per_sm = max(1, min(_SMALL_PER_SM, _SHARED_BYTES // buffers))
-    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), q_heads // kv_heads)
+    hopper = is_hopper(device)
+    step, direct_tiles = (1, _DIRECT_TILES if layout.fmt.kind in _DIRECT_KINDS else 0) if hopper else (_LARGE_STEP, 0)
+    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), q_heads // kv_heads, step, direct_tiles)
+
+
+@functools.lru_cache(maxsize=8)
+def is_hopper(device: torch.device) -> bool:
+    """Large tiles run in kernel_hopper.py there, else in kernel_large.py."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def make_work(groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Work:
@@ -138,6 +151,7 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
     scale: softmax scale. Raises ValueError for wrong shapes.
     """
     from .kernel_expand import expand_pages
+    from .kernel_hopper import attend_hopper
     from .kernel_large import attend_large
     from .kernel_small import attend_small
 
@@ -158,10 +172,16 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
             records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
             FIRST=at.expand, PROGRAMS=programs, num_warps=4,
         )  # fmt: skip
-    attend_large[(grid.large * heads,)](
-        q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=at.large, PROGRAMS=grid.large,
-        ROWS=LARGE_ROWS, **_LARGE,
-    )  # fmt: skip
+    if is_hopper(q.device):
+        attend_hopper[(grid.large * heads,)](
+            q, records, pages, work.words, *parts, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1],
+            GROUP=grid.group, D=layout.head_dim, FIRST=at.large, PROGRAMS=grid.large, **_hopper_constants(layout), **_HOPPER,
+        )  # fmt: skip
+    else:
+        attend_large[(grid.large * heads,)](
+            q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=at.large, PROGRAMS=grid.large,
+            ROWS=LARGE_ROWS, **_LARGE,
+        )  # fmt: skip
 
 
 def merge(
@@ -242,6 +262,19 @@ def _expand_constants(layout: PageLayout) -> dict[str, Any]:
     found = lossless_constants(layout) if layout.fmt.kind == "lossless" else simple_constants(layout)
     fields = {"K_PLANES": found["K_FIELDS"], "V_PLANES": found["V_FIELDS"]}
     return out | fields | {name: found[name] for name in ("ESCAPES", "BUDGET") if name in found}
+
+
+@functools.lru_cache(maxsize=16)
+def _hopper_constants(layout: PageLayout) -> dict[str, Any]:
+    """The same for kernel_hopper_pages.py."""
+    found = _expand_constants(layout)
+    if layout.fmt.kind == "affine":
+        meta = (*found["K_META"], *found["V_META"], found["RANGES"])
+        return {"KIND": "affine", "K_PLANES": found["K_PLANES"], "V_PLANES": found["V_PLANES"], "META": meta}
+    if layout.fmt.kind == "int8":
+        codes = {name: ((8, 0, found[name][0]),) for name in ("K_PLANES", "V_PLANES")}
+        return {"KIND": "int8", **codes, "META": (found["K_PLANES"][1], found["V_PLANES"][1])}
+    return {"KIND": "expanded", "K_PLANES": (), "V_PLANES": (), "META": ()}
 
 
 @functools.lru_cache(maxsize=8)

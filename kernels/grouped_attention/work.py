@@ -10,7 +10,7 @@ The buffer, int32: header of fixed size, then lists; items, pages, rows and part
     small programs + 1  first item of each          |  large programs + 1  the same
     2                   pages to expand: their list, their number
     max_rows + 1        first part of each row      |  max_rows            sink slot of each row, -1 = none
-    items: pages, number of pages, query rows, number of rows, part, tokens of the first page left out, 0, 0
+    items: pages, number of pages, query rows, number of rows, part, tokens of the first page left out, 1 = expanded pages, 0
 
 An item writes one *part* for each of its rows: the state of that row over the item's pages. `merge` joins a row's parts.
 Pure: numpy only.
@@ -28,7 +28,6 @@ ITEM_WORDS = 8
 SMALL_ROWS = 16  # (request, query head) pairs of a small tile: the smallest tile of a tensor core
 LARGE_ROWS = 128
 MAX_SMALL_TILES = 3  # a group of more tiles is read in large ones: every small tile reads and unpacks the pages again
-LARGE_STEP = 2  # pages a large tile attends at a time
 MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 4  # pages that are worth an item of their own: its rows are read and its part written
 NO_SINK = -1
 
@@ -55,11 +54,14 @@ class Sections(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Programs per kv head of the two kernels, and the query heads that share a kv head."""
+    """Programs per kv head of the two kernels, and the query heads that share a kv head. large_step: pages a large tile attends
+    at a time. direct_tiles: the large kernel unpacks pages itself, and does for groups of up to so many large tiles."""
 
     small: int
     large: int
     group: int
+    large_step: int = 1
+    direct_tiles: int = 0
 
     @property
     def small_rows(self) -> int:
@@ -84,37 +86,39 @@ def lay_out(
     groups: Sequence[RowGroup], max_rows: int, grid: Grid, sink_tokens: int, room: int | None = None
 ) -> tuple[np.ndarray, int]:
     """The buffer and the number of parts. room: pages that can be expanded for large tiles, which then read expanded pages by
-    their number there; groups beyond it are read in small tiles. None: pages need no expanding (bf16)."""
+    their number there; groups beyond it are read packed. None: pages need no expanding (bf16)."""
     header = grid.header_words(max_rows)
     expanded: list[np.ndarray] = []
     used = 0
-    tiles: dict[str, list[tuple[int, int, int, int, int]]] = {"small": [], "large": []}
+    tiles: dict[str, list[tuple[int, int, int, int, int, int]]] = {"small": [], "large": []}
     lists, at = [], header
     for group in groups:
         pages, rows = np.asarray(group.pages, np.int32), np.asarray(group.rows, np.int32)
         if not len(pages) or not len(rows):
             continue
         kind = "small" if -(-len(rows) // grid.small_rows) <= MAX_SMALL_TILES else "large"
-        size = grid.small_rows if kind == "small" else grid.large_rows
         skip = sink_tokens if group.sink != NO_SINK else 0
-        if kind == "large" and room is not None:
+        expand = 0
+        if kind == "large" and room is not None and -(-len(rows) // grid.large_rows) > grid.direct_tiles:
             if used + len(pages) <= room:
                 expanded.append(pages)
                 pages = np.arange(used, used + len(pages), dtype=np.int32)
                 used += len(pages)
-            else:
-                kind, size = "small", grid.small_rows
+                expand = 1
+            elif not grid.direct_tiles:
+                kind = "small"
+        size = grid.small_rows if kind == "small" else grid.large_rows
         page_at, row_at = at, at + len(pages)
         lists += [pages, rows]
         at += len(pages) + len(rows)
         for first in range(0, len(rows), size):
-            tiles[kind].append((page_at, len(pages), row_at + first, min(size, len(rows) - first), skip))
+            tiles[kind].append((page_at, len(pages), row_at + first, min(size, len(rows) - first), skip, expand))
 
     expand_at = at
     lists += expanded
     at += used
     small = _deal(tiles["small"], grid.small, MIN_SMALL_PAGES, 1)
-    large = _deal(tiles["large"], grid.large, MIN_LARGE_PAGES, LARGE_STEP)
+    large = _deal(tiles["large"], grid.large, MIN_LARGE_PAGES, grid.large_step)
     items = np.concatenate([small[0], large[0]])
     items[:, 4] = np.concatenate([[0], items[:, 3].cumsum()[:-1]]) if len(items) else 0
     words = np.concatenate([np.zeros(header, np.int32), *lists, items.reshape(-1)]).astype(np.int32, copy=False)
@@ -135,7 +139,7 @@ def lay_out(
     return np.concatenate([words, parts]), len(part_rows)
 
 
-def _deal(tiles: list[tuple[int, int, int, int, int]], programs: int, least: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+def _deal(tiles: list[tuple[int, int, int, int, int, int]], programs: int, least: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Items `[n, ITEM_WORDS]` and the first item of each of `programs` (+ 1): equal runs of pages, multiples of `step`, cut
     where tiles end."""
     if not tiles:
@@ -154,6 +158,7 @@ def _deal(tiles: list[tuple[int, int, int, int, int]], programs: int, least: int
     items[:, 1] = np.diff(cuts)
     items[:, 2], items[:, 3] = table[tile, 2], table[tile, 3]
     items[:, 5] = np.where(into == 0, table[tile, 4], 0)
+    items[:, 6] = table[tile, 5]
     first = np.full(programs + 1, len(items), np.int32)
     first[: workers + 1] = np.searchsorted(begin, bounds)
     return items, first

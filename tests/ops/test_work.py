@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from sgl_hq.kernels.grouped_attention.launcher import plan_pages
 from sgl_hq.kernels.grouped_attention.work import (
-    LARGE_ROWS, LARGE_STEP, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, SMALL_ROWS, Grid, RowGroup, lay_out,
+    LARGE_ROWS, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, SMALL_ROWS, Grid, RowGroup, lay_out,
 )  # fmt: skip
 from sgl_hq.page_format import get_format
 from work_lists import Lists
 
 SINK_TOKENS = 4
-GRIDS = st.builds(Grid, st.integers(1, 40), st.integers(1, 20), st.sampled_from([1, 2, 3, 4, 7, 8, 16]))
+GROUPS = st.sampled_from([1, 2, 3, 4, 7, 8, 16])
+GRIDS = st.builds(Grid, st.integers(1, 40), st.integers(1, 20), GROUPS, st.sampled_from([1, 2]), st.sampled_from([0, 0, 4]))
 
 
 @st.composite
@@ -50,8 +51,6 @@ def check(groups: list[RowGroup], max_rows: int, grid: Grid, room: int | None) -
     got, got_skips, writer, part_rows = Counter(), Counter(), {}, {}
     for kind, most in (("small", grid.small_rows), ("large", grid.large_rows)):
         for pages, rows, part, skip, tile in lists.items(kind):
-            if kind == "large" and room is not None:
-                pages = [lists.expanded[page] for page in pages]
             assert len(rows) <= most and len(rows) * grid.group <= (SMALL_ROWS if kind == "small" else LARGE_ROWS)
             assert len(set(rows)) == len(rows)
             for i, row in enumerate(rows):
@@ -66,7 +65,7 @@ def check(groups: list[RowGroup], max_rows: int, grid: Grid, room: int | None) -
     assert {(row, part) for row, own in enumerate(lists.parts) for part in own} == {(r, p) for p, r in part_rows.items()}
     assert sum(map(len, lists.parts)) == parts
 
-    for kind, least, step in (("small", MIN_SMALL_PAGES, 1), ("large", MIN_LARGE_PAGES, LARGE_STEP)):
+    for kind, least, step in (("small", MIN_SMALL_PAGES, 1), ("large", MIN_LARGE_PAGES, grid.large_step)):
         shares = [sum(len(item[0]) for item in program) for program in lists.programs[kind]]
         used = [share for share in shares if share]
         assert shares[: len(used)] == used, "idle programs come last"
@@ -91,13 +90,15 @@ def test_every_page_is_read_once_for_every_row(batch, grid, room):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 20), GRIDS, st.integers(0, 30))
-def test_groups_of_many_rows_go_to_large_tiles_while_there_is_room(rows, pages, grid, room):
+def test_groups_of_many_rows_go_to_large_tiles_and_are_expanded_while_there_is_room(rows, pages, grid, room):
     groups = [RowGroup(range(pages), range(rows)), RowGroup(range(pages, 2 * pages), range(rows))]
     lists = check(groups, rows, grid, room)
     many = -(-rows // grid.small_rows) > MAX_SMALL_TILES
-    fits = min(2, room // pages) if many else 0
+    direct = many and -(-rows // grid.large_rows) <= grid.direct_tiles
+    fits = min(2, room // pages) if many and not direct else 0
     assert lists.expanded == list(range(fits * pages))
-    assert bool(lists.items("large")) == (fits > 0) and bool(lists.items("small")) == (fits < 2)
+    large = 2 if direct or many and grid.direct_tiles else fits
+    assert bool(lists.items("large")) == (large > 0) and bool(lists.items("small")) == (large < 2)
     assert {tuple(item[1]) for item in check(groups, rows, grid, None).items("large")} == (
         {tuple(range(a, min(a + grid.large_rows, rows))) for a in range(0, rows, grid.large_rows)} if many else set()
     )

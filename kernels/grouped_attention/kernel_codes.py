@@ -119,67 +119,6 @@ def power_of_two(x):
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
-@triton.constexpr_function
-def _ptx_restore(shift: int, high: bool) -> str:
-    """bfloat16 of two values: raw words $1, words of the exponent plane $2, (base << 7) | 0x8000 in both halves $3."""
-    move = f"shr.u32 e, $2, {shift};" if shift > 0 else f"shl.b32 e, $2, {-shift};"
-    split = "shr.u32 m, $1, 8; mov.b32 s, $1;" if high else "mov.b32 m, $1; shl.b32 s, $1, 8;"
-    return (
-        "{ .reg .b32 e, m, s; "
-        + move
-        + " and.b32 e, e, 0x07800780; sub.u32 e, $3, e; "
-        + split
-        + " and.b32 m, m, 0x007F007F; lop3.b32 m, e, 0x7F807F80, m, 0xEA; lop3.b32 $0, s, 0x80008000, m, 0xEA; }"
-    )
-
-
-@triton.jit
-def restore(raw, plane, guard, SHIFT: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr):
-    """Lossless values of one parity, bfloat16, from words of sign and mantissa, words of the exponent plane, whose field
-    is SHIFT bits up, and guard = (base << 7) | 0x8000. The bit on top is borrowed by escapes with a small base."""
-    if PTX:
-        text: tl.constexpr = _ptx_restore(SHIFT - 7, HIGH)
-        bits = tl.inline_asm_elementwise(text, "=r,r,r,r", [raw, plane, guard], dtype=tl.int16, is_pure=True, pack=2)
-    else:
-        wide, code = raw.to(tl.int32) & 0xFFFF, ((plane.to(tl.int32) & 0xFFFF) >> SHIFT) & 0xF
-        exponent = ((guard.to(tl.int32) & 0xFFFF) - (code << 7)) & 0x7F80
-        own = wide >> 8 if HIGH else wide
-        bits = (exponent | (own & 0x7F) | (own & 0x80) << 8).to(tl.int16)
-    return bits.to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def escape_list(record, first, LIST: tl.constexpr, BUDGET: tl.constexpr):
-    """16 entries of a lossless page's list from `first`: positions and exponents, int32. LIST: their byte offsets."""
-    entry = first + tl.arange(0, 16)
-    position = tl.load((record + LIST[0]).to(tl.pointer_type(tl.uint16)) + entry, mask=entry < BUDGET, other=0)
-    return position.to(tl.int32), tl.load(record + LIST[1] + entry, mask=entry < BUDGET, other=0).to(tl.int32)
-
-
-@triton.jit
-def escape_counts(record, TAIL: tl.constexpr, D: tl.constexpr):
-    """Escapes of K and of V."""
-    return tl.load(record + TAIL + D // 8 + 1).to(tl.int32), tl.load(record + TAIL + D // 8 + 2).to(tl.int32)
-
-
-@triton.jit
-def escapes(
-    record, position, exponent, first, k_count, v_count, D: tl.constexpr, K_RAW: tl.constexpr, V_RAW: tl.constexpr, TAIL: tl.constexpr
-):
-    """What `restore` got wrong: of 16 entries of the list, token, channel, and true minus restored value of K and of V, 0 for
-    an entry of the other side or of none. RAW, TAIL: byte offsets of sign and mantissa bytes and of the bases."""
-    entry = first + tl.arange(0, 16)
-    is_k, listed = entry < k_count, entry < k_count + v_count
-    token, channel = position // D, position % D
-    raw = tl.load(record + tl.where(is_k, K_RAW, V_RAW) + position, mask=listed, other=0).to(tl.int32)
-    base = tl.load(record + TAIL + tl.where(is_k, channel // 8, D // 8), mask=listed, other=0).to(tl.int32)
-    rest = (raw & 0x7F) << 16 | (raw & 0x80) << 24
-    true = (rest | exponent << 23).to(tl.float32, bitcast=True)
-    restored = (rest | ((base - 15) & 0xFF) << 23).to(tl.float32, bitcast=True)
-    change = tl.where(listed, true - restored, 0.0)
-    return token, channel, tl.where(is_k, change, 0.0), tl.where(is_k, 0.0, change)
-
-
 @triton.jit
 def as_result(x, PTX: tl.constexpr):
     """`[ROWS, N] float32` in the layout of a tensor-core result, so that it becomes an operand without leaving registers."""

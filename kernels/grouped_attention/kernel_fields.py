@@ -51,6 +51,54 @@ def join_field(words, below, SHIFT: tl.constexpr, MASK: tl.constexpr, PTX: tl.co
     return (below | (moved & MASK)).to(tl.int16)
 
 
+@triton.constexpr_function
+def _ptx_restore(shift: int) -> str:
+    """Even values $0 and odd values $1 of two words of raw bytes $2 and of the exponent plane $3, whose fields are `shift` up in
+    their bytes. Low and high bytes of all four are made first, then dealt out. Exponent 127 - code is 127 xor code."""
+    up, down = f"shl.b32 t, $3, {7 - shift};", f"shr.u32 u, $3, {shift + 1};"
+    return (
+        "{ .reg .b32 t, u; "
+        + up
+        + " lop3.b32 t, t, $2, 0x80808080, 0x4E; "  # lowest exponent bit on top of the mantissa: c ? ~a : b
+        + down
+        + " lop3.b32 u, u, 0x07070707, 0x3F3F3F3F, 0x6A; "  # (a & b) ^ c
+        + "lop3.b32 u, $2, u, 0x80808080, 0xE4; "  # the sign on top of the other exponent bits: c ? a : b
+        + "prmt.b32 $0, t, u, 0x6240; prmt.b32 $1, t, u, 0x7351; }"
+    )
+
+
+@triton.jit
+def restore_pair(raw, plane, SHIFT: tl.constexpr, PTX: tl.constexpr):
+    """Lossless values without their base, of even and of odd channels, bfloat16: sign and mantissa from words of raw bytes, the
+    exponent 127 - code from words of the exponent plane, SHIFT (0 or 4) bits up."""
+    if PTX:
+        text: tl.constexpr = _ptx_restore(SHIFT)
+        even, odd = tl.inline_asm_elementwise(
+            text, "=r,=r,r,r", [raw, plane], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
+        )
+    else:
+        own, code = raw.to(tl.int32), (plane.to(tl.int32) >> SHIFT) & 0x0F0F
+        even = ((127 - (code & 0xFF)) << 7 | (own & 0x7F) | (own & 0x80) << 8).to(tl.int16)
+        odd = ((127 - (code >> 8)) << 7 | (own >> 8 & 0x7F) | own & 0x8000).to(tl.int16)
+    return even.to(tl.bfloat16, bitcast=True), odd.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def times(a, b, PTX: tl.constexpr):
+    """a * b, bfloat16, two at a time."""
+    if PTX:
+        return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return (a.to(tl.float32) * b.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def to_bfloat16(x, PTX: tl.constexpr):
+    """float32 to bfloat16, rounded to even. Two values stay one register, also across a loop."""
+    if PTX:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return x.to(tl.bfloat16)
+
+
 @triton.jit
 def half(bits):
     """int16 bits as the float16 that they are."""

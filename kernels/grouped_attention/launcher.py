@@ -84,6 +84,8 @@ def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.dev
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS
     one_bit = sum(bits & 1 for bits in (layout.fmt.k_bits, layout.fmt.v_bits)) if layout.fmt.kind == "affine" else 0
     buffers = 2 * (layout.record_bytes + one_bit * 24 * layout.head_dim)  # the rows of a 1-bit plane lie there four times
+    if layout.fmt.kind == "lossless":
+        buffers //= 2  # its steps are half pages
     per_sm = max(1, min(_SMALL_PER_SM, _SHARED_BYTES // buffers))
     hopper = is_hopper(device)
     step, direct_tiles = (1, _DIRECT_TILES if layout.fmt.kind in _DIRECT_KINDS else 0) if hopper else (_LARGE_STEP, 0)

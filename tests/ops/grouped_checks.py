@@ -66,7 +66,7 @@ class Case:
             if sinkful:
                 self.sinks[self.groups[-1].sink] = sink
             at += n
-        self.q = torch.randn(rows, self.q_heads, dim, generator=draw).bfloat16().to(device)
+        self.q = self._queries(draw).bfloat16().to(device)
 
     def _dense_pages(self, pages: int, dim: int, mean: float, draw: torch.Generator) -> torch.Tensor:
         x = torch.randn(pages, PAGE_TOKENS, self.kv_heads, dim, generator=draw)
@@ -77,6 +77,9 @@ class Case:
         elif self.layout.fmt.sink_tokens:
             x[:, : self.layout.fmt.sink_tokens] *= 2.0
         return x.bfloat16()
+
+    def _queries(self, draw: torch.Generator) -> torch.Tensor:
+        return torch.randn(self.rows, self.q_heads, self.layout.head_dim, generator=draw)
 
     def dense(self, base2: bool, strided: bool) -> Dense:
         """A state that weighs about as much as the pages; every third row has no dense token, and NaN in its place."""
@@ -131,6 +134,47 @@ class Case:
         return merged_error(self.q, reads, state, self.scale, self.kv_heads)
 
 
+class EscapeCase(Case):
+    """Lossless pages whose scores and outputs come from escapes: page 0 has as many as a page can list, page 1 none, page 2 one
+    of K and one of V.
+
+    Queries ask for channel 0 of K only. It is tiny, and its base is another channel's, so a token whose value there is
+    an escape has a score around 0, and every other one a score below -16. V is about 2**-13 or, in channels 2 and D - 1, an
+    escape, but for the last token, which has the base and no weight.
+    """
+
+    def __init__(self, dim: int, reads: list[Read], rows: int, **shape) -> None:
+        super().__init__("lossless", dim, reads, rows, **shape)
+
+    def _dense_pages(self, pages: int, dim: int, mean: float, draw: torch.Generator) -> torch.Tensor:
+        budget, is_k = self.layout.escape_budget, mean == 1.0
+        counts = [(budget // 2, budget - budget // 2), (0, 0), (1, 1)]
+        x = 1 + torch.rand(pages, PAGE_TOKENS, self.kv_heads, dim, generator=draw)
+        tiny = 2.0 ** -torch.randint(17, 23, x.shape, generator=draw).float() * x
+        tiny[torch.rand(x.shape, generator=draw) < 0.1] = 0.0
+        if is_k:
+            x[..., 0] *= -(2.0**-13)
+        else:
+            x[:, :-1] *= 2.0**-13 * torch.randn(x[:, :-1].shape, generator=draw).sign()
+        order = torch.randperm(PAGE_TOKENS - 1, generator=torch.Generator().manual_seed(5))  # the tokens that have weight
+        for page in range(pages):
+            for head in range(self.kv_heads):
+                k_count, v_count = counts[page % 3]
+                tokens = order[:k_count]
+                if is_k:
+                    x[page, tokens, head, 0] = tiny[page, tokens, head, 0]
+                elif v_count:
+                    entry = torch.arange(v_count)
+                    where = page, tokens[entry % k_count], head, (entry % k_count + entry // k_count) % 2 * (dim - 3) + 2
+                    x[where] = tiny[where]
+        return x.bfloat16()
+
+    def _queries(self, draw: torch.Generator) -> torch.Tensor:
+        q = torch.zeros(self.rows, self.q_heads, self.layout.head_dim)
+        q[..., 0] = (1 + torch.rand(self.rows, self.q_heads, generator=draw)) * 2.0**17 * self.scale**-1
+        return q
+
+
 def differs(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor, Tolerance]) -> str | None:
     """What is wrong with (o, log-sum-exp base 2), or None. o is compared in the L2 norm of a row and head."""
     (out, lse), (o, lse_nat, tolerance) = got, want
@@ -160,6 +204,25 @@ def check_format(name: str, dim: int, *, device: str = "cpu", **shape) -> None:
     check(Case(name, dim, SMALL_BATCH, SMALL_ROWS, device=device, **shape))
     case = Case(name, dim, MIXED_BATCH, MIXED_ROWS, device=device, **shape)
     check(case, case.dense(base2=True, strided=True))
+
+
+def check_escapes(dim: int, *, device: str = "cpu", **shape) -> None:
+    """Small tiles, full, empty and short lists of escapes; and escapes that are left as restored show."""
+    reads: list[Read] = [([0, 1], 3, True), ([2], 1, False), ([3], 2, False)]
+    case = EscapeCase(dim, reads, 4, device=device, **shape)
+    positions, exponents, tail = case.layout.escape_fields
+    listed = [case.records[int(page), :, tail.end - 2 : tail.end].int().sum(-1) for page in case.groups[0].pages]
+    assert [x.unique().tolist() for x in listed] == [[case.layout.escape_budget], [0], [2]]
+    check(case)
+    want, right = case.expected(), case.records.clone()
+    page, k_count = int(case.groups[0].pages[0]), case.layout.escape_budget // 2
+    as_read = 127 - 15  # the exponent that code 15 has, next to values of 1 to 2
+    for entry in (0, k_count // 2, k_count - 1):
+        case.records[page, :, exponents.offset + entry] = as_read
+        assert differs(case.run(), want), f"escape {entry} of K does not matter"
+        case.records.copy_(right)
+    case.records[page, :, exponents.offset + k_count : exponents.end] = as_read
+    assert differs(case.run(), want), "escapes of V do not matter"
 
 
 def check_dense_states(name: str, dim: int, *, device: str = "cpu") -> None:

@@ -25,6 +25,11 @@ def test_head_dim_128(interpreted, fmt):
     interpreted("check_format", fmt, 128, kv_heads=1)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_lossless_escapes(interpreted, dim):
+    interpreted("check_escapes", dim, kv_heads=1)
+
+
 @pytest.mark.parametrize("group", [1, 7, 8, 16])
 @pytest.mark.parametrize("fmt", ["bf16", "hq4"])
 def test_query_heads_that_share_a_kv_head(interpreted, fmt, group):

@@ -60,6 +60,7 @@ def attend_lossless(
                 changes, wrong, _ = _wrong(record, at, exponents, first, k_count, values, half, D, RAW, META[2])
                 s0, s1 = _mend_scores(s0, s1, source, inside, at, changes, wrong, half, D)
 
+        upcoming = _heading(base + page_at(pages, tl.minimum((i + 1) // 2, count - 1), PTX) * record_page, word, D, META)
         m_new = tl.maximum(m, tl.max(tl.maximum(s0, s1), 1) * scale)
         keep = exp2(m - m_new, PTX)
         m = m_new
@@ -81,8 +82,7 @@ def attend_lossless(
                 at, exponents = _list(record, first, META)
                 changes, _, wrong = _wrong(record, at, exponents, first, k_count, values, half, D, RAW, META[2])
                 o0, o1 = _mend_output(o0, o1, p0, p1, at, changes, wrong, half, word, D)
-        upcoming = base + page_at(pages, tl.minimum((i + 1) // 2, count - 1), PTX) * record_page
-        k_bases, v_base, k_count, v_count, position, exponent = _heading(upcoming, word, D, META)
+        k_bases, v_base, k_count, v_count, position, exponent = upcoming
     return o0, o1, m, tl.sum(total, 1)
 
 

@@ -21,7 +21,7 @@ cores cut off where IEEE rounds.
 | large tiles | 2**-8 sum |q_c k_tc|, lossy formats | 2**-8 | v_t | 2**-8 |v_t|, lossy formats |
 
 Float32, all tiles: a score is a sum of head_dim + 16 terms of at most 4 max|k| |q_c| (minimum and codes, or 128 scale and codes,
-partly cancel; an escape of a lossless page is 2**-14 of that maximum, so its bfloat16 difference is less than a term), and
+partly cancel; an escape of a lossless page is 2**-14 of that maximum, so its difference is less than a term), and
 2**-20 for exponentials, logarithms and the factors of parts. A sum over T tokens is one of 64, the longest product, and of
 T / 16 products; each of p v, p m and p. Merge: the two bfloat16 of a rotated row hold 2**-17 of it, and its product with
 the sign matrix sums head_dim terms of at most |o|.

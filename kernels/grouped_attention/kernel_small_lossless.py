@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .kernel_codes import NO_SCORE, ROWS, TILE, as_result, rows_of
-from .kernel_fields import dot, exp2, page_at, restore_pair, times, to_bfloat16
+from .kernel_fields import dot, exp2, field, page_at, restore_pair, times, to_bfloat16
 
 BATCH = tl.constexpr(32)  # escapes looked at together: one a lane
 
@@ -27,7 +27,7 @@ def attend_lossless(
     V_FIELDS: tl.constexpr, META: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """As kernel_small.py `_coded`. FIELDS: byte offsets of raw bytes and exponent plane; META: of the escapes' positions,
-    exponents and tail, and their greatest number."""
+    exponents and tail, and their greatest number. scale is positive."""
     HALF: tl.constexpr = D // 2
     RAW: tl.constexpr = (K_FIELDS[0], V_FIELDS[0])
     word = tl.arange(0, HALF)
@@ -46,7 +46,7 @@ def attend_lossless(
         values = k_count + v_count
         change, k_wrong, v_wrong = _wrong(record, position, exponent, 0, k_count, values, half, D, RAW, META[2])
 
-        gain = (k_bases << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)[None, :]
+        gain = field(k_bases[None, :], -7, 0x7F80, 0, PTX).to(tl.bfloat16, bitcast=True)
         a0, a1 = times(even, gain, PTX), times(odd, gain, PTX)
         b0, b1 = restore_pair(k_low, k_plane, 0, PTX)
         s0 = dot(a1, tl.trans(b1), dot(a0, tl.trans(b0), None, PTX), PTX)
@@ -60,10 +60,13 @@ def attend_lossless(
                 changes, wrong, _ = _wrong(record, at, exponents, first, k_count, values, half, D, RAW, META[2])
                 s0, s1 = _mend_scores(s0, s1, source, inside, at, changes, wrong, half, D)
 
+        # Here, the rest of a step hides its way from memory, and fewer registers are taken than before the scores. V's rows are
+        # read after the softmax for the same reason.
         upcoming = _heading(base + page_at(pages, tl.minimum((i + 1) // 2, count - 1), PTX) * record_page, word, D, META)
         m_new = tl.maximum(m, tl.max(tl.maximum(s0, s1), 1) * scale)
         keep = exp2(m - m_new, PTX)
         m = m_new
+        # As results, p is computed once, not again in the layout of an operand.
         p0 = as_result(exp2(s0 * scale - m[:, None], PTX), PTX)
         p1 = as_result(exp2(s1 * scale - m[:, None], PTX), PTX)
         o0, o1, total = o0 * keep[:, None], o1 * keep[:, None], total * keep[:, None] + (p0 + p1)
@@ -88,12 +91,12 @@ def attend_lossless(
 
 @triton.jit
 def _heading(record, word, D: tl.constexpr, META: tl.constexpr):
-    """What a step needs at once of its page, so it is read a step early: base of each word's channels and of V, escapes of K
-    and of V, the first entries of their list. All int32."""
+    """What a step needs at once of its page, so it is read a step early: base of each word's channels (int16) and of V,
+    escapes of K and of V, the first entries of their list (int32)."""
     tail = record + META[2]
     position, exponent = _list(record, 0, META)
     v_base, k_count, v_count = tl.load(tail + D // 8), tl.load(tail + D // 8 + 1), tl.load(tail + D // 8 + 2)
-    k_bases = tl.load(tail + word // 4).to(tl.int32)
+    k_bases = tl.load(tail + word // 4).to(tl.int16)
     return k_bases, v_base.to(tl.int32), k_count.to(tl.int32), v_count.to(tl.int32), position, exponent
 
 

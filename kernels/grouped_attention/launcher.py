@@ -4,7 +4,8 @@
     grouped_attention(q, records, layout, work, scale)
     merge(q, work, layout, scale, out=out)                  # with a dense state: its (o, lse) joins in the same kernel
 
-Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it.
+Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it;
+where `Work.tiles` says that a kernel has nothing to do, it is not launched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sgl_hq.kernels.page_codec.hadamard import block_size, sign_matrix
 from sgl_hq.kernels.page_codec.launcher import affine_constants, lossless_constants, simple_constants
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
-from .work import LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, lay_out
+from .work import LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, Tiles, lay_out
 
 LOG2_E = 1.4426950408889634
 KINDS = ("bf16", "lossless", "int8", "affine")
@@ -50,7 +51,8 @@ class WorkOverflow(ValueError):
 class Work:
     """Device buffers of a plan. words `[n] int32` (work.py); part_o `[parts, q_heads, head_dim]`, part_lse `[parts, q_heads]`
     float32: what the kernels write and the merge reads. scratch `[pages, kv_heads, 2, 64, head_dim] bfloat16`: pages expanded
-    for large tiles, layer after layer; empty for bf16."""
+    for large tiles, layer after layer; empty for bf16. tiles: what to launch kernels for; all unless an eager forward knows
+    better, since a CUDA graph's lists change between replays."""
 
     grid: Grid
     max_rows: int
@@ -59,6 +61,7 @@ class Work:
     part_o: torch.Tensor
     part_lse: torch.Tensor
     scratch: torch.Tensor
+    tiles: Tiles = Tiles(True, True, True)
 
     @property
     def nbytes(self) -> int:
@@ -162,18 +165,22 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
     at = grid.sections(work.max_rows)
     parts = (work.part_o, work.part_lse)
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
-    attend_small[(grid.small * heads,)](
-        q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=at.small,
-        PROGRAMS=grid.small, **_SMALL,
-    )  # fmt: skip
+    if work.tiles.small:
+        attend_small[(grid.small * heads,)](
+            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=at.small,
+            PROGRAMS=grid.small, **_SMALL,
+        )  # fmt: skip
+    if not work.tiles.large:
+        return
     if kind == "bf16":
         pages = records.view(torch.bfloat16)
     else:
         pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
-        expand_pages[(programs,)](
-            records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
-            FIRST=at.expand, PROGRAMS=programs, num_warps=4,
-        )  # fmt: skip
+        if work.tiles.expanded:
+            expand_pages[(programs,)](
+                records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
+                FIRST=at.expand, PROGRAMS=programs, num_warps=4,
+            )  # fmt: skip
     if is_hopper(q.device):
         attend_hopper[(grid.large * heads,)](
             q, records, pages, work.words, *parts, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1],

@@ -52,6 +52,14 @@ class Sections(NamedTuple):
     sinks: int
 
 
+class Tiles(NamedTuple):
+    """What lists have: small and large tiles, pages to expand. The kernel of what is missing would find nothing to do."""
+
+    small: bool
+    large: bool
+    expanded: bool
+
+
 @dataclass(frozen=True)
 class Grid:
     """Programs per kv head of the two kernels, and the query heads that share a kv head. large_step: pages a large tile attends
@@ -137,6 +145,13 @@ def lay_out(
             words[head.sinks + np.asarray(group.rows, np.int64)] = group.sink
     parts = np.argsort(part_rows, kind="stable").astype(np.int32)
     return np.concatenate([words, parts]), len(part_rows)
+
+
+def tiles_of(words: np.ndarray, max_rows: int, grid: Grid) -> Tiles:
+    """What the lists of `lay_out` hold."""
+    at = grid.sections(max_rows)
+    small, large = ((words[start] < words[start + programs]) for start, programs in ((at.small, grid.small), (at.large, grid.large)))
+    return Tiles(bool(small), bool(large), bool(words[at.expand + 1]))
 
 
 def _deal(tiles: list[tuple[int, int, int, int, int, int]], programs: int, least: int, step: int) -> tuple[np.ndarray, np.ndarray]:

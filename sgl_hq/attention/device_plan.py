@@ -13,7 +13,7 @@ import torch
 
 from sgl_hq.attention.grouping import group_rows
 from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, WorkOverflow, empty_work, make_grid, make_scratch
-from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out
+from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out, tiles_of
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.records import PackedRun
@@ -24,13 +24,13 @@ _STAGES = 3  # uploads that may be in flight: an earlier graph replay may not ha
 
 
 class DevicePlan:
-    """work: what the layers give to the kernels. tokens_read, tokens_attended: packed tokens of the last
+    """work: what the layers give to the kernels. graph: decode graphs hold its launches. tokens_read, tokens_attended: packed tokens of the last
     `set`, once per group and once per request."""
 
     def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
         """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good.
         scratch: that of another plan that never runs at the same time, to be shared."""
-        self._tier, self._graph = tier, graph
+        self._tier, self.graph = tier, graph
         self.layout = tier.codecs[0].layout
         self._device = tier.records[0].device
         self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
@@ -61,7 +61,7 @@ class DevicePlan:
             groups = self._groups(*batch)
             self._lists, self._parts = lay_out(groups, rows, self._grid, self.layout.fmt.sink_tokens, self._room)
             self._batch, self._rows, self._uploaded = batch, rows, False
-        return not self._graph or self._fits
+        return not self.graph or self._fits
 
     def set(self, runs: Sequence[PackedRun], query_lens: Sequence[int]) -> None:
         """Plan a batch and upload the lists on the current stream, unless the batch is the last one again.
@@ -77,6 +77,8 @@ class DevicePlan:
             self.work = empty_work(self._grid, self._rows, len(self._lists), self._parts, self._scratch)
         self._upload(self._lists)
         self._uploaded = True
+        if not self.graph:  # a graph launches what was captured, whatever the lists of a replay hold
+            self.work.tiles = tiles_of(self._lists, self._rows, self._grid)
 
     @property
     def _fits(self) -> bool:

@@ -80,6 +80,27 @@ def test_buffers_of_a_graph_never_move():
         assert [x.data_ptr() for x in (work.words, work.part_o, work.part_lse, work.scratch)] == where
 
 
+MANY = [run_of(ROOT)], [40]  # more than MAX_SMALL_TILES of SMALL_ROWS // (Q_HEADS // KV_HEADS) rows
+
+
+@pytest.mark.parametrize(
+    "batch, tiles",
+    [
+        pytest.param((BATCH, [1] * 5), (True, False, False), id="few rows"),
+        pytest.param(MANY, (False, True, True), id="many rows"),
+        pytest.param((BATCH + MANY[0], [1] * 5 + [40]), (True, True, True), id="both"),
+        pytest.param(([], []), (False, False, False), id="nothing"),
+    ],
+)
+def test_eager_forwards_launch_what_has_work_and_graphs_everything(batch, tiles):
+    eager, graph = plan_of(False, max_rows=64), plan_of(True, max_rows=64)
+    assert eager.work.tiles == (False, False, False)
+    for _ in range(2):  # the second time nothing is uploaded
+        eager.set(*batch)
+        graph.set(*batch)
+        assert eager.work.tiles == tiles and graph.work.tiles == (True, True, True)
+
+
 def test_an_eager_plan_grows():
     plan = plan_of(False)
     plan.set([run_of(ROOT)] * 2, [200, 100])

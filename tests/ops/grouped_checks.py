@@ -12,7 +12,7 @@ import torch
 from grouped_tolerances import Reader, Tolerance, merged_error, read_error
 
 from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, grouped_attention, make_work, merge
-from sgl_hq.kernels.grouped_attention.work import MAX_SMALL_TILES, NO_SINK, RowGroup
+from sgl_hq.kernels.grouped_attention.work import MAX_SMALL_TILES, NO_SINK, RowGroup, tiles_of
 from sgl_hq.kernels.page_codec import PageCodec
 from sgl_hq.page_format import PAGE_TOKENS, get_format
 
@@ -243,6 +243,42 @@ def check_nothing_to_read(name: str, *, device: str = "cpu") -> None:
     check(case, dense)
     out, _ = case.run(dense=dense)
     assert torch.equal(out[1:], dense.o[1:].float())
+
+
+def check_launches(name: str, *, device: str = "cpu") -> None:
+    """Kernels that would find nothing to do are not launched, unless the plan says that its lists may change."""
+    from sgl_hq.kernels.grouped_attention import kernel_expand, kernel_large, kernel_small
+
+    kernels = [(kernel_small, "attend_small"), (kernel_expand, "expand_pages"), (kernel_large, "attend_large")]
+    stock = [getattr(module, kernel) for module, kernel in kernels]
+    launched: list[str] = []
+    small, large = ["attend_small"], [kernel for _, kernel in kernels[1:] if name != "bf16" or kernel != "expand_pages"]
+    cases: list[tuple[list[Read], list[str]]] = [
+        ([(range(2), 1, True)], small), ([(range(40), 2, True)], large), ([(range(40), 2, True), ([1], 1, False)], small + large), ([], []),
+    ]  # fmt: skip
+    try:
+        for (module, kernel), of in zip(kernels, stock):
+            setattr(module, kernel, _Recorded(of, kernel, launched))
+        for reads, wanted in cases:
+            case = Case(name, 64, reads, 40, device=device)
+            assert differs(case.run(), case.expected()) is None and launched == small + large
+            launched.clear()
+            work = case.work()
+            work.tiles = tiles_of(work.words.cpu().numpy(), case.max_rows, work.grid)
+            assert differs(case.run(work), case.expected()) is None and launched == wanted
+            launched.clear()
+    finally:
+        for (module, kernel), of in zip(kernels, stock):
+            setattr(module, kernel, of)
+
+
+class _Recorded:
+    def __init__(self, kernel, name: str, launched: list[str]) -> None:
+        self._kernel, self._name, self._launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self._launched.append(self._name)
+        return self._kernel[grid]
 
 
 def check_padding(name: str, dim: int, *, device: str = "cpu", **shape) -> None:

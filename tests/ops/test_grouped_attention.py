@@ -46,6 +46,11 @@ def test_nothing_to_read(interpreted, fmt):
     interpreted("check_nothing_to_read", fmt)
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "hq4"])
+def test_kernels_without_work_are_not_launched(interpreted, fmt):
+    interpreted("check_launches", fmt)
+
+
 @pytest.mark.parametrize("fmt", ["int8", "hq4"])
 def test_nan_in_the_padding_changes_nothing(interpreted, fmt):
     interpreted("check_padding", fmt, 64)

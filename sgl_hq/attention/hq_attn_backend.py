@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -164,11 +165,13 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         # Breakable graphs name the memory of the output. The dense state must not take it: the merge reads one, writes the other.
         out, forward_batch._attn_output = getattr(forward_batch, "_attn_output", None), None
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        with self._side_stream.fork():
+        # Forking costs host time: nothing in a graph, but in an eager forward the GPU would wait for it.
+        with self._side_stream.fork() if self._plan.graph else nullcontext():
             layer.attend_packed(q, self._plan, self.token_to_kv_pool)
         o, lse = dense(q, k, v, layer, forward_batch, save_kv_cache)
         o = o.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        self._side_stream.join()
+        if self._plan.graph:
+            self._side_stream.join()
         return layer.join_packed(q, o, lse, self.lse_base2, self._plan, self.token_to_kv_pool, out)
 
     def _packed_runs(self, forward_batch) -> Sequence[PackedRun] | None:

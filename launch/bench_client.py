@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, wait
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sgl_hq.launch import bench_generator
 from sgl_hq.launch.bench_facts import BenchError
+from sgl_hq.launch.bench_generator import Hold
 from sgl_hq.launch.bench_workloads import Wave
 from sgl_hq.launch.server_process import ServerProcess
+
+ACCEPT_TIMEOUT_S = 120.0
+# The server begins an answer just before it passes the request on to the scheduler.
+SETTLE_S = 0.1
 
 
 class LoadClient:
     """Runs waves against servers, one after another; a context manager. Everything it prints goes to `folder`/client.log.
 
-    folder: also holds the generator's cached prompts and the results.
+    folder: also holds the results.
     """
 
     def __init__(self, folder: Path):
         self._folder, self._waves = folder, 0
         self.log = folder / "client.log"
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(str(folder), str(self.log)))
-        self._pool.submit(_import)  # meanwhile the first server starts
+        self._hold = Hold(context)
+        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(str(self.log), self._hold))
+        self._pool.submit(os.getpid)  # it prepares itself while the first server starts
 
     def __enter__(self) -> LoadClient:
         return self
@@ -39,42 +46,45 @@ class LoadClient:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def run(self, server: ServerProcess, wave: Wave, model: str, tokenizer: str) -> dict[str, Any]:
-        """Send the wave; returns the generator's result.
+        """Send the wave; returns the generator's result. The scheduler finds a wave that goes out at once complete in its queue.
 
         Raises ServerFailed when the server ended meanwhile, BenchError when the generator failed or a request did.
         """
         self._waves += 1
-        output = self._folder / f"wave-{self._waves}.jsonl"
-        running = self._pool.submit(_run, wave.arguments(server.url, model, tokenizer, str(output)))
+        self._hold.reset()
+        arguments, output = wave.arguments(server.url, model, tokenizer), self._folder / f"wave-{self._waves}.jsonl"
+        if wave.concurrency is None:
+            running = self._start_held(server, wave, arguments, output)
+        else:
+            running = self._pool.submit(bench_generator.send_wave, arguments, output)
         while not wait([running], timeout=1.0).done:
             server.check_alive()
         if error := running.exception():
             raise BenchError(f"bench_serving failed: {error} (log: {self.log})") from error
-        result = json.loads(output.read_text().splitlines()[-1])
+        result = running.result()
         if result["completed"] != wave.requests:
             raise BenchError(f"{result['completed']} of {wave.requests} requests were answered (log: {self.log})")
         return result
 
+    def _start_held(self, server: ServerProcess, wave: Wave, arguments: list[str], output: Path) -> Future:
+        server.pause_scheduler()
+        try:
+            running = self._pool.submit(bench_generator.send_wave, arguments, output)
+            deadline = time.monotonic() + ACCEPT_TIMEOUT_S
+            while self._hold.accepted.value < wave.requests and not running.done():
+                server.check_alive()
+                if time.monotonic() > deadline:
+                    raise BenchError(f"the server took {self._hold.accepted.value} of {wave.requests} requests in {ACCEPT_TIMEOUT_S:.0f} s")
+                time.sleep(0.01)
+            time.sleep(SETTLE_S)
+        finally:
+            self._hold.released.value = time.perf_counter()
+            server.resume_scheduler()
+        return running
 
-def _prepare(folder: str, log: str) -> None:
-    """In the child: prompts of one run only, since the generator's cache does not know the tokenizer by more than its class."""
-    os.environ["HOME"] = folder
+
+def _prepare(log: str, hold: Hold) -> None:
+    """In the child."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-
-
-def _import() -> None:
-    import sglang.bench_serving  # noqa: F401
-
-
-def _run(arguments: list[str]) -> None:
-    from sglang.bench_serving import cli_main
-
-    sys.argv = ["bench_serving", *arguments]
-    try:
-        cli_main()
-    except SystemExit as ended:
-        if ended.code:
-            raise RuntimeError(f"bench_serving ended with exit code {ended.code}") from ended
-    finally:
-        sys.stdout.flush()
+    bench_generator.prepare(hold)

@@ -25,15 +25,16 @@ from sgl_hq.launch.bench_facts import BenchError, bench_facts, check_json_path, 
 from sgl_hq.launch.bench_model import BenchModel, real_model, shape_with_dummy_weights
 from sgl_hq.launch.bench_progress import Steps
 from sgl_hq.launch.bench_serve_report import judge, show
-from sgl_hq.launch.bench_workloads import QUICK_WORKLOADS, WARM_UP, WORKLOADS, Workload, figures, parse_workloads
+from sgl_hq.launch.bench_workloads import PACKS, QUICK_WORKLOADS, WARM_UP, WORKLOADS, Workload, figures, parse_workloads
 from sgl_hq.launch.kv_accounts import AccountsError, gauge, resident_dense_tokens
-from sgl_hq.launch.server_log import full_batch_step_ms
+from sgl_hq.launch.server_log import full_batch_step_ms, logged_batches, mean_running
 from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.launch.signals import terminated_like_interrupted
 from sgl_hq.page_format import PAGE_TOKENS
 
 Row = dict[str, Any]
 DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)  # CUDA graphs; fewer than SGLang's default start sooner
+DECODE_LOG_INTERVAL = 16  # decode steps between two log lines, from which the concurrency and the step time are taken
 START_TIMEOUT_S = 400.0
 # The pool is sized by --max-total-tokens. This is only the cap above it, high enough for several servers on one GPU.
 MEM_FRACTION = 0.93
@@ -63,6 +64,7 @@ class Setup:
         args = [*self.model.server_args, *session.arm.server_args(self.kv_tokens, session.pack, self.packed_fraction)]
         args += ["--mem-fraction-static", str(MEM_FRACTION), "--cuda-graph-bs-decode", *batches, "--random-seed", "0"]
         args += ["--grammar-backend", "none", "--enable-metrics", "--enable-cache-report", "--skip-server-warmup"]
+        args += ["--decode-log-interval", str(DECODE_LOG_INTERVAL)]
         return ServerProcess(self.model.path, args, cpu=False, log_path=log, start_timeout_s=START_TIMEOUT_S, stop_grace_s=0)
 
 
@@ -73,6 +75,7 @@ def run(
     tokenizer: Path | None = None,
     kv_tokens: int | None = None,
     packed_fraction: float = 0.5,
+    pack: str | None = None,
     together: int = 1,
     json_path: Path | None = None,
     quick: bool = False,
@@ -80,6 +83,7 @@ def run(
 ) -> int:
     """Measure every arm on every workload, print the tables, write `json_path`; rows of what ended well are always written.
 
+    pack: one policy for all workloads, so that an arm needs one server; None: what each workload asks for.
     together: servers started at the same time on the one GPU; they are measured one after another, the others idle.
     Returns 0, or 1 when an arm could not be measured. Raises BenchError for what cannot be run.
     """
@@ -89,6 +93,9 @@ def run(
         raise BenchError("SGLANG_HQ_* options are set: the vanilla arms would inherit them; unset them, the arms set their own")
     chosen_arms = parse_arms(arms or (QUICK_ARMS if quick else DEFAULT_ARMS))
     chosen = parse_workloads(workloads or (QUICK_WORKLOADS if quick else ",".join(WORKLOADS)))
+    if pack not in (None, *PACKS):
+        raise BenchError(f"--hq-pack: {pack!r} is unknown: choose from {', '.join(PACKS)}")
+    chosen = [load.under(pack or load.pack) for load in chosen]
     check_json_path(json_path)
     if not torch.cuda.is_available():
         raise BenchError("No CUDA device here: `sgl-hq bench serve` needs one; `sgl-hq ab` compares on a CPU")
@@ -165,7 +172,8 @@ def _measure_session(
             raise failed
         steps.done(f"{name}: server ready, {server.start_s:.0f} s after its start")
         check_pool(setup, session.arm, server)
-        client.run(server, WARM_UP, setup.model.path, setup.model.tokenizer)
+        for wave in WARM_UP:
+            client.run(server, wave, setup.model.path, setup.model.tokenizer)
         steps.done(f"{name}: warmed up")
         while left:
             rows.append(measure_workload(setup, session, left[0], server, client))
@@ -205,10 +213,17 @@ def measure_workload(setup: Setup, session: Session, load: Workload, server: Ser
         client.run(server, load.priming, *files)
     before, logged = _counters(_hq(server, session.arm, session.pack)), len(server.log_text())
     result = client.run(server, load.wave, *files)
-    step_ms = full_batch_step_ms(server.log_text()[logged:], load.wave.requests)
-    hq = _hq(server, session.arm, session.pack)
-    counted = {key: value - before[key] for key, value in _counters(hq).items()}
-    return _row(session, load, **figures(result), **_memory(setup, session.arm, server, hq), **counted, step_ms_full=step_ms, start_s=server.start_s)
+    hq = _hq(server, session.arm, session.pack)  # the scheduler answers, so its log is complete
+    log = server.log_text()[logged:]
+    measured = figures(result) | _memory(setup, session.arm, server, hq) | _batches(log, load.wave.requests)
+    measured |= {key: value - before[key] for key, value in _counters(hq).items()}
+    return _row(session, load, **measured, start_s=server.start_s)
+
+
+def _batches(log: str, requests: int) -> dict[str, float | int | None]:
+    """What the scheduler did with a wave of `requests`: with these figures equal, times of two arms compare like with like."""
+    prefills = sum(batch[0] == "prefill" for batch in logged_batches(log))
+    return {"step_ms_full": full_batch_step_ms(log, requests), "running_mean": mean_running(log), "prefill_batches": prefills}
 
 
 def _hq(server: ServerProcess, arm: Arm, pack: str | None = None) -> dict[str, Any] | None:

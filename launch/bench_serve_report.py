@@ -13,6 +13,7 @@ from sgl_hq.config import EXACT
 from sgl_hq.launch.bench_workloads import WORKLOADS, better
 
 Row = dict[str, Any]
+SAME_BATCH = 0.1  # arms whose mean decode batches differ by more do not do the same work a step
 RATIOS = ("tpot_ms", "ttft_ms", "output_tok_s")
 
 
@@ -58,15 +59,27 @@ def show(rows: Sequence[Row], facts: dict[str, Any], token_bytes: int) -> None:
     budget = facts["kv_tokens"] * token_bytes / 1e9
     print(f"{facts['machine']['gpu']}; commit {facts['commit']}; {versions}")
     print(f"{facts['model']}; KV budget of every arm {budget:.1f} GB ({facts['kv_tokens']:,} bfloat16 tokens), CUDA graphs on")
+    print("Running: requests in a decode step, mean. Times count from when all requests of a wave wait in the scheduler's queue.")
     print("Vanilla with SGLang's default page size. Ratios are to the best vanilla arm in bfloat16 of this run, larger is better.")
     for name in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == name and not row["failure"]]
         if mine:
             _print(_table(f"{name}, latency: {mine[0]['about']}", _LATENCY, mine))
+            if problem := unequal_batches(mine):
+                print(f"WARNING, {name}: {problem}")
             _print(_table(f"{name}, memory, when the wave has ended, and reuse during it", _MEMORY, mine))
     for row in rows:
         if row["failure"]:
             print(f"{row['workload']}, {row['arm']}: {'not measured' if row.get('skipped') else 'FAILED'}: {row['failure']}")
+
+
+def unequal_batches(rows: Sequence[Row]) -> str | None:
+    """Why times of these arms do not compare like with like, or None. What the scheduler never logged is not compared."""
+    running = {row["arm"]: row["running_mean"] for row in rows if row["running_mean"]}
+    if not running or max(running.values()) <= (1 + SAME_BATCH) * min(running.values()):
+        return None
+    counts = ", ".join(f"{arm} {mean:.0f}" for arm, mean in running.items())
+    return f"the arms decoded different numbers of requests at a time ({counts}): compare full-batch steps only"
 
 
 def _table(title: str, columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> Table:
@@ -105,6 +118,8 @@ _LATENCY = (
     ("TPOT ms", _number("tpot_ms", 2)),
     ("p99", _number("tpot_ms_p99", 2)),
     ("full-batch step ms", _number("step_ms_full", 2)),
+    ("running", _number("running_mean", 0)),
+    ("prefills", _number("prefill_batches", 0)),
     ("ITL ms", _number("itl_ms", 2)),
     ("p99", _number("itl_ms_p99", 2)),
     ("TTFT ms", _number("ttft_ms", 0)),

@@ -1,17 +1,19 @@
 """The workloads of `sgl-hq bench serve`: waves of SGLang's own generator `generated-shared-prefix`, and the goals.
 
-Prompts are random tokens of the tokenizer, written out as text: the server counts about 5 % more tokens than asked for.
-A wave and its priming have the same seed, so the same prefixes; their questions have other lengths, so other texts.
+Prompts are random token ids (`bench_generator.py`). A wave and its priming have the same seed, so the same prefixes; their
+questions have other lengths, so other ids. A wave without a limit on concurrency is wholly in the scheduler's queue when its
+time begins.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sgl_hq.launch.bench_facts import BenchError
 
 SEED = 1
+PACKS = ("shared", "insert")  # policies a workload may ask for
 PRIME_QUESTION, PRIME_OUTPUT = 64, 4
 NOISE = 0.98  # what counts as "not worse"
 
@@ -25,21 +27,20 @@ class Wave:
     prefix: int
     question: int
     output: int
-    concurrency: int | None = None  # requests in flight at a time; None: all
+    concurrency: int | None = None  # requests in flight at a time; None: all, and all of them at once
     seed: int = SEED
 
     @property
     def requests(self) -> int:
         return self.groups * self.per_group
 
-    def arguments(self, url: str, model: str, tokenizer: str, output_file: str) -> list[str]:
-        """The command line of `python -m sglang.bench_serving`."""
+    def arguments(self, url: str, model: str, tokenizer: str) -> list[str]:
+        """The command line of `python -m sglang.bench_serving`, without its output file."""
         args = ["--backend", "sglang", "--base-url", url, "--model", model, "--tokenizer", tokenizer]
-        args += ["--dataset-name", "generated-shared-prefix", "--seed", str(self.seed), "--disable-tqdm"]
+        args += ["--dataset-name", "generated-shared-prefix", "--seed", str(self.seed), "--disable-tqdm", "--tokenize-prompt"]
         args += ["--gsp-num-groups", str(self.groups), "--gsp-prompts-per-group", str(self.per_group)]
         args += ["--gsp-system-prompt-len", str(self.prefix), "--gsp-question-len", str(self.question)]
         args += ["--gsp-output-len", str(self.output), "--warmup-requests", "0", "--cache-report", "--ready-check-timeout-sec", "0"]
-        args += ["--output-file", output_file]
         return args if self.concurrency is None else [*args, "--max-concurrency", str(self.concurrency)]
 
 
@@ -63,6 +64,10 @@ class Workload:
     about: str
     goals: tuple[Goal, ...] = ()
 
+    def under(self, pack: str) -> Workload:
+        """The same with another packing policy: under `shared` a second request packs what is read later."""
+        return self if pack == self.pack else replace(self, pack=pack, prime=self.prime and (2 if pack == "shared" else 1))
+
     @property
     def priming(self) -> Wave | None:
         """One request at a time where a second one must find the first one's prefix, so that it is packed."""
@@ -72,7 +77,8 @@ class Workload:
         return Wave(self.wave.groups, self.prime, self.wave.prefix, PRIME_QUESTION, PRIME_OUTPUT, in_flight)
 
 
-WARM_UP = Wave(groups=2, per_group=4, prefix=2048, question=64, output=16, concurrency=2, seed=7)  # compiles what is left
+# What is compiled or allocated at first use: one request behind a shared prefix at a time, then full prefills and a large batch.
+WARM_UP = (Wave(2, 2, 2048, 64, 4, concurrency=1, seed=7), Wave(2, 64, 2048, 128, 8, seed=7))
 _TTFT = Goal("ttft_ms", NOISE)
 WORKLOADS = {
     load.name: load

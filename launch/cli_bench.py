@@ -54,6 +54,10 @@ def bench_serve(
         Optional[int], typer.Option(min=1, help="KV byte budget of every arm, in bfloat16 tokens. Default: what the workloads need.")
     ] = None,
     packed_fraction: Annotated[float, typer.Option("--hq-packed-fraction", help="Share of it for the packed tier.")] = 0.5,
+    pack: Annotated[
+        Optional[str],
+        typer.Option("--hq-pack", help="shared or insert for all workloads: one server an arm. Default: what each workload asks for."),
+    ] = None,
     together: Annotated[
         int, typer.Option(min=1, help="Servers that start at the same time on the GPU; measured one after another.")
     ] = 1,
@@ -76,6 +80,7 @@ def bench_serve(
         tokenizer=tokenizer,
         kv_tokens=kv_tokens,
         packed_fraction=packed_fraction,
+        pack=pack,
         together=together,
         json_path=json_path,
         quick=quick,

@@ -52,3 +52,9 @@ def full_batch_step_ms(log: str, requests: int) -> float | None:
             steps.append(requests / float(throughput) * 1e3)
         full = now
     return statistics.median(steps) if steps else None
+
+
+def mean_running(log: str) -> float | None:
+    """Mean number of requests in a decode step, over the steps that the scheduler logged; None without one."""
+    running = [batch[1] for batch in logged_batches(log) if batch[0] == "decode"]
+    return statistics.mean(running) if running else None

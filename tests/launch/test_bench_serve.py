@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from sgl_hq.launch.ab_compare import ABError
 from sgl_hq.launch.bench_arms import DEFAULT_ARMS, Arm, parse_arms
 from sgl_hq.launch.bench_client import LoadClient
 from sgl_hq.launch.bench_facts import BenchError
+from sgl_hq.launch.bench_generator import TokenIdPrompts
 from sgl_hq.launch.bench_model import QWEN_7B, BenchModel, shape_with_dummy_weights
 from sgl_hq.launch.bench_serve import Session, Setup, check_pool, measure, missing_backend, sessions
-from sgl_hq.launch.bench_serve_report import judge, show
+from sgl_hq.launch.bench_serve_report import judge, show, unequal_batches
 from sgl_hq.launch.bench_workloads import WARM_UP, WORKLOADS, Wave, better, figures, parse_workloads
-from sgl_hq.launch.server_log import full_batch_step_ms
+from sgl_hq.launch.server_log import full_batch_step_ms, mean_running
 from sgl_hq.launch.server_process import Sample, ServerFailed
 from sgl_hq.launch.signals import terminated_like_interrupted
 
@@ -78,10 +81,10 @@ def test_the_workloads_are_those_of_the_issue():
     assert waves["4x16"] == (4, 16, 8192) and waves["1x256"] == (1, 256, 8192)
     assert waves["own8192"] == (64, 1, 8192) and waves["own32000"] == (16, 1, 32000)
     for load in WORKLOADS.values():
-        # 5 % more tokens than asked for; a packing arm at the default fraction has half of the budget for dense pages.
-        tokens = 1.05 * (load.wave.groups * load.wave.prefix + load.wave.requests * (load.wave.question + load.wave.output))
+        # A packing arm at the default fraction has half of the budget for dense pages.
+        tokens = load.wave.groups * load.wave.prefix + load.wave.requests * (load.wave.question + load.wave.output)
         assert tokens < load.kv_tokens / (1 if load.prime else 2)
-        assert 1.05 * load.wave.prefix + load.wave.question + load.wave.output < QWEN_7B["max_position_embeddings"]
+        assert load.wave.prefix + load.wave.question + load.wave.output < QWEN_7B["max_position_embeddings"]
     with pytest.raises(BenchError, match="choose from 4x16"):
         parse_workloads("4x17")
 
@@ -92,7 +95,22 @@ def test_priming_has_the_same_prefixes_and_other_questions():
         assert load.priming.seed == load.wave.seed and load.priming.prefix == load.wave.prefix
         assert load.priming.groups == load.wave.groups and load.priming.question != load.wave.question
     assert WORKLOADS["4x16"].priming.concurrency == 1  # the second user must find the first one's pages
-    assert WORKLOADS["cold"].priming is None and WARM_UP.seed != WORKLOADS["4x16"].wave.seed
+    assert WORKLOADS["cold"].priming is None and WORKLOADS["4x16"].wave.seed not in {wave.seed for wave in WARM_UP}
+
+
+def test_one_policy_for_all_workloads_needs_one_server_and_primes_as_it_must():
+    loads = [load.under("shared") for load in parse_workloads("4x16,cold,own8192")]
+    assert len(sessions(parse_arms("hq4"), loads)) == 1
+    assert [load.prime for load in loads] == [2, 0, 2] and loads[2].priming.concurrency == 1
+    assert [load.under("insert").prime for load in loads] == [1, 0, 1]
+    with pytest.raises(BenchError, match="choose from shared, insert"):
+        bench_serve.run(pack="later")
+
+
+def test_arms_of_other_concurrency_are_warned_about():
+    same, slow, unknown = ({"arm": name, "running_mean": mean} for name, mean in (("a", 64.0), ("b", 60.0), ("c", None)))
+    assert unequal_batches([same, slow, unknown]) is None and unequal_batches([unknown]) is None
+    assert "a 64, d 50" in unequal_batches([same, {"arm": "d", "running_mean": 50.0}, unknown])
 
 
 def test_bench_serving_takes_the_arguments(monkeypatch):
@@ -101,43 +119,34 @@ def test_bench_serving_takes_the_arguments(monkeypatch):
 
     seen = {}
     monkeypatch.setattr(serving, "run_benchmark", lambda args: seen.update(vars(args)))
-    monkeypatch.setattr("sys.argv", ["x", *WORKLOADS["own8192"].priming.arguments("http://127.0.0.1:1", "m", "t", "out.jsonl")])
+    monkeypatch.setattr("sys.argv", ["x", *WORKLOADS["own8192"].priming.arguments("http://127.0.0.1:1", "m", "t")])
     serving.cli_main()
     expected = {"gsp_num_groups": 64, "gsp_prompts_per_group": 1, "gsp_system_prompt_len": 8192, "gsp_question_len": 64}
     expected |= {"gsp_output_len": 4, "max_concurrency": 8, "seed": 1, "warmup_requests": 0, "cache_report": True, "model": "m"}
-    expected |= {"dataset_name": "generated-shared-prefix", "base_url": "http://127.0.0.1:1", "output_file": "out.jsonl", "tokenizer": "t"}
+    expected |= {"dataset_name": "generated-shared-prefix", "base_url": "http://127.0.0.1:1", "tokenize_prompt": True, "tokenizer": "t"}
     assert {key: seen[key] for key in expected} == expected
 
 
-def test_prefixes_of_one_seed_are_equal_and_questions_are_not(monkeypatch, tmp_path):
-    """What priming rests on, with SGLang's own generator: random texts depend on the seed and on the order of drawing."""
-    import random
+def prompts(wave: Wave) -> list[tuple[int, ...]]:
+    """What the generator's stand-in for `generated-shared-prefix` sends, with a tokenizer of 1,000 words, two of them special."""
+    tokenizer = SimpleNamespace(get_vocab=lambda: {str(word): word for word in range(1000)}, all_special_ids=[3, 4])
+    lengths = {"prompts_per_group": wave.per_group, "system_prompt_len": wave.prefix, "question_len": wave.question}
+    names = {"num_groups": wave.groups, **lengths, "output_len": wave.output}
+    rows = TokenIdPrompts.from_args(Namespace(seed=wave.seed, **{f"gsp_{name}": n for name, n in names.items()})).load(tokenizer)
+    assert all(row.prompt_len == len(row.prompt) == wave.prefix + wave.question for row in rows)
+    assert all(row.output_len == wave.output and not {3, 4} & set(row.prompt) for row in rows)
+    return [tuple(row.prompt) for row in rows]
 
-    from sglang.benchmark.datasets import generated_shared_prefix as gsp
 
-    class Letters:
-        def get_vocab(self):
-            return {chr(i): i for i in range(0x4E00, 0x5E00)}
-
-        def decode(self, ids):
-            return "".join(map(chr, ids))
-
-        def encode(self, text):
-            return list(text)
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    def prompts(wave: Wave) -> set[tuple[str, str]]:
-        random.seed(wave.seed)
-        rows = gsp.sample_generated_shared_prefix_requests(
-            wave.groups, wave.per_group, wave.prefix, wave.question, wave.output, 1.0, Letters(), wave.seed
-        )
-        assert len(rows) == wave.requests
-        return {tuple(row.prompt.split("\n\n")) for row in rows}
-
+def test_prefixes_of_one_seed_are_equal_and_questions_are_not():
+    """What priming rests on."""
     measured, primed = prompts(Wave(3, 4, 50, 12, 2)), prompts(Wave(3, 2, 50, 7, 2))
-    assert {prefix for prefix, _ in measured} == {prefix for prefix, _ in primed} and len({p for p, _ in measured}) == 3
-    assert not {question for _, question in measured} & {question for _, question in primed}
+    groups = [prompt[:50] for prompt in measured]
+    assert len(measured) == len(set(measured)) == 12 and len(primed) == 6
+    assert set(groups) == {prompt[:50] for prompt in primed} and sorted(map(groups.count, set(groups))) == [4, 4, 4]
+    assert groups != sorted(groups, key=groups.index), "groups mix"
+    assert not {prompt[50:57] for prompt in measured} & {prompt[50:] for prompt in primed}
+    assert measured == prompts(Wave(3, 4, 50, 12, 2)) and not set(measured) & set(prompts(Wave(3, 4, 50, 12, 2, seed=7)))
 
 
 def test_ratios_are_larger_where_ours_is_better():
@@ -151,7 +160,8 @@ def rows_of(*measured):
         arm = parse_arms(name)[0]
         rows.append(bench_serve._row(Session(arm, "shared", ()), WORKLOADS[workload], **figures(result(tpot, ttft, out))))
         rows[-1] |= {key: 1_000_000 for key in ("dense_tokens", "packed_tokens", "kv_bytes_used", "kv_bytes_allocated")}
-        rows[-1] |= {"packed_tokens_read": 10, "packed_tokens_attended": 160, "start_s": 80.0, "step_ms_full": 6.9}
+        rows[-1] |= {"packed_tokens_read": 10, "packed_tokens_attended": 160, "start_s": 80.0}
+        rows[-1] |= {"step_ms_full": 6.9, "running_mean": 64.0, "prefill_batches": 2}
     return rows
 
 
@@ -276,7 +286,7 @@ def test_every_arm_gets_the_same_waves_and_counters_of_its_wave_only(monkeypatch
     vanilla, hq = parse_arms("vanilla,hq4")
     servers = [FakeServer(vanilla), FakeServer(hq, slots=500, hq={})]
     rows, client = run_measure(monkeypatch, servers, together)
-    each = [WARM_UP, WORKLOADS["4x16"].priming, WORKLOADS["4x16"].wave, WORKLOADS["cold"].wave]
+    each = [*WARM_UP, WORKLOADS["4x16"].priming, WORKLOADS["4x16"].wave, WORKLOADS["cold"].wave]
     assert client.waves == each * 2 and all(server.stopped and server.flushed == 2 for server in servers)
     assert [(row["arm"], row["workload"], row["failure"]) for row in rows] == [
         (arm.name, name, None) for arm in (vanilla, hq) for name in ("4x16", "cold")
@@ -328,6 +338,7 @@ def test_a_failing_generator_is_reported_with_its_log(tmp_path):
     """The real child process: the generator exits because nothing listens there."""
     server = FakeServer(Arm(None))
     server.url, server.check_alive = "http://127.0.0.1:9", lambda: None
+    server.pause_scheduler = server.resume_scheduler = server.check_alive
     with LoadClient(tmp_path) as client:
         with pytest.raises(BenchError, match="bench_serving failed"):
             client.run(server, Wave(1, 1, 4, 4, 1), str(tmp_path), str(tmp_path))
@@ -347,16 +358,17 @@ def test_sigterm_ends_a_run_like_ctrl_c():
 
 
 @pytest.mark.parametrize(
-    "log, wanted",
+    "log, step_ms, running",
     [
-        ("", None),
+        ("", None, None),
         # The first full window began before the batch was full; the prefill breaks the next one.
-        ("D 3 900\nD 4 1000\nP 4\nD 4 500\nD 4 2000\nD 4 4000\nD 3 100\n", 1.5),
-        ("D 4 1000\nP 4\nD 4 1000\n", None),
+        ("D 3 900\nD 4 1000\nP 4\nD 4 500\nD 4 2000\nD 4 4000\nD 3 100\n", 1.5, 22 / 6),
+        ("D 4 1000\nP 4\nD 4 1000\n", None, 4),
     ],
 )
-def test_steps_of_a_full_batch_come_from_windows_without_prefill(log, wanted):
+def test_steps_of_a_full_batch_come_from_windows_without_prefill(log, step_ms, running):
     lines = {"D": "[time] Decode batch, #running-req: {}, #token: 7, cuda graph: True, gen throughput (token/s): {}, #queue-req: 0",
              "P": "[time] Prefill batch, #new-seq: 1, #running-req: {}, input throughput (token/s): 9"}  # fmt: skip
     text = "\n".join(lines[line[0]].format(*line.split()[1:]) for line in log.splitlines())
-    assert full_batch_step_ms(text, 4) == wanted
+    assert full_batch_step_ms(text, 4) == step_ms
+    assert mean_running(text) == (running and pytest.approx(running))

@@ -103,8 +103,9 @@ class DevicePlan:
         return self._grid.small * self._grid.small_rows + self._grid.large * self._grid.large_rows
 
     def _upload(self, words: np.ndarray) -> None:
+        # numpy copies on the host: torch would start its threads for the lists of a large prefill.
         if self._device.type != "cuda":
-            self.work.words[: len(words)] = torch.from_numpy(words)
+            self.work.words.numpy()[: len(words)] = words
             return
         if len(self._staging) < _STAGES:
             staged, event = torch.empty(0, dtype=torch.int32), torch.cuda.Event()
@@ -113,7 +114,7 @@ class DevicePlan:
             event.synchronize()  # long done, unless three plans were made within one forward
         if len(staged) < len(words):
             staged = torch.empty(max(len(words), len(self.work.words)), dtype=torch.int32, pin_memory=True)
-        staged[: len(words)] = torch.from_numpy(words)
+        staged.numpy()[: len(words)] = words
         self.work.words[: len(words)].copy_(staged[: len(words)], non_blocking=True)
         event.record()
         self._staging.append((staged, event))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -35,3 +36,28 @@ def test_charged_bytes_are_held_bytes(name, graph_rows):
     charged = plan_bytes(backend.token_to_kv_pool.packed.codecs[0].layout, shape, sizes, "cpu", 6, graph_rows, 256)
     assert charged == backend.workspace_bytes > 0
     assert not backend.reads_packed and backend.packed_tokens_read == 0
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_only_graphs_fork_and_the_packed_part_comes_first(graph):
+    from sgl_hq.attention.hq_attn_backend import HQGPUAttnBackendMixin
+
+    seen = []
+
+    def call(name, result=None):
+        return lambda *_: (seen.append(name), result)[1]
+
+    @contextmanager
+    def fork():
+        seen.append("fork")
+        yield
+        seen.append("packed part launched")
+
+    q = torch.zeros(3, 2 * 8)
+    layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=8, v_head_dim=8, attend_packed=call("attend"), join_packed=call("merge", q))
+    backend = HQGPUAttnBackendMixin()
+    backend._plan, backend.lse_base2, backend.token_to_kv_pool = SimpleNamespace(graph=graph), True, None
+    backend._side_stream = SimpleNamespace(fork=fork, join=call("join"))
+    dense = call("dense", (q, torch.zeros(3, 2)))
+    assert backend._forward(None, dense, q, q, q, layer, SimpleNamespace(), True) is q
+    assert seen == (["fork", "attend", "packed part launched", "dense", "join", "merge"] if graph else ["attend", "dense", "merge"])

@@ -1,94 +1,56 @@
 """Packed formats served on a GPU: same answers as vanilla, packed pages really read, books balanced, graphs on.
 
-Marked `gpu` (pyproject.toml). 6 layers with the heads of Qwen2.5-7B, random weights scaled so that attention to the shared prefix decides
-the answer; stale KV is NaN in the packed arms (`poisoned_server.py`). The arms of a backend start at the same time.
+Marked `gpu` (pyproject.toml). `fleet.py` has the servers.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
-import torch
+from fleet import LARGEST_GRAPH, VOCAB, Arm
 
 from sgl_hq.launch.server_process import ServerProcess
 
 pytestmark = pytest.mark.gpu
 
-LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 6, 896, 1536, 14, 2, 128, 49152
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": DIM,
-    "vocab_size": VOCAB, "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "bos_token_id": 1, "eos_token_id": 2,
-}
-ARGS = ["--skip-tokenizer-init", "--page-size", "64", "--max-total-tokens", "131072", "--random-seed", "0", "--grammar-backend", "none",
-        "--mem-fraction-static", "0.3", "--cuda-graph-max-bs-decode", "8", "--chunked-prefill-size", "256",
-        "--cuda-graph-max-bs-prefill", "256", "--decode-log-interval", "8"]
-PREFIX, SHARERS, CROWD, NEW_TOKENS = 1024, 8, 12, 24  # a crowd is larger than the largest decode graph
+FORMATS = ("bf16", "hq6")
+PREFIX, SHARERS, CROWD, NEW_TOKENS = 1024, LARGEST_GRAPH, LARGEST_GRAPH + 4, 24  # a crowd is larger than the largest decode graph
 # bf16 roundings (2**-9 relative) go through 6 layers of sharp attention; where sums are split decides which. Vanilla repeats itself
 # bit for bit on these small batches, so its own other backend shows what another order of summation does. Ours has one more
 # still and rounds the dense state once more a layer: bounds for the median and the largest difference, so many times that.
 TIMES_VANILLA = 2.0
-OTHER = {"flashinfer": "triton", "triton": "flashinfer", "fa3": "triton"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A checkpoint of random bf16 weights. Scores q . k / sqrt(DIM) have standard deviation 4: few tokens take the attention."""
-    from safetensors.torch import save_file
+class Setup(NamedTuple):
+    backend: str
+    head_dim: int
 
-    generator = torch.Generator().manual_seed(7)
+    @property
+    def vanilla(self) -> Arm:
+        return Arm(self.backend, None, self.head_dim)
 
-    def normal(std, *shape):
-        return (torch.randn(shape, generator=generator) * std).bfloat16()
+    @property
+    def other(self) -> Arm:
+        """Vanilla with another backend."""
+        return Arm("flashinfer" if self.backend == "triton" else "triton", None, self.head_dim)
 
-    ones = torch.ones(HIDDEN).bfloat16()
-    weights = {"model.embed_tokens.weight": normal(1.0, VOCAB, HIDDEN), "lm_head.weight": normal(0.05, VOCAB, HIDDEN)}
-    weights["model.norm.weight"] = ones
-    for i in range(LAYERS):
-        layer = {
-            "self_attn.q_proj": normal(0.065, HEADS * DIM, HIDDEN), "self_attn.k_proj": normal(0.065, KV_HEADS * DIM, HIDDEN),
-            "self_attn.v_proj": normal(0.06, KV_HEADS * DIM, HIDDEN), "self_attn.o_proj": normal(0.05, HIDDEN, HEADS * DIM),
-            "mlp.gate_proj": normal(0.04, INNER, HIDDEN), "mlp.up_proj": normal(0.04, INNER, HIDDEN),
-            "mlp.down_proj": normal(0.02, HIDDEN, INNER), "input_layernorm": ones, "post_attention_layernorm": ones,
-        }
-        weights |= {f"model.layers.{i}.{name}.weight": weight.clone() for name, weight in layer.items()}
-    folder = tmp_path_factory.mktemp("random-llama")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
+    @property
+    def packing(self) -> dict[str, Arm]:
+        return {fmt: Arm(self.backend, fmt, self.head_dim) for fmt in FORMATS}
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [self.vanilla, self.other, *self.packing.values()]
 
 
-def start(model: Path, backend: str, formats: list[str]) -> tuple[ExitStack, dict[str, ServerProcess]]:
-    """Vanilla, vanilla with another backend and one server per format, started together."""
-    arms = {"vanilla": (backend, []), "other": (OTHER[backend], [])}
-    arms |= {fmt: (backend, ["--hq-format", fmt, "--hq-allow-ungated"]) for fmt in formats}
-    stack, servers = ExitStack(), {}
-    try:
-        for name, (attention, options) in arms.items():
-            options = [*ARGS, "--attention-backend", attention, *options]
-            server = servers[name] = ServerProcess(str(model), options, cpu=False, start_timeout_s=300, stop_grace_s=0)
-            if name in formats:
-                server.argv[1:3] = [str(Path(__file__).with_name("poisoned_server.py"))]
-            stack.callback(server.stop)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(ServerProcess.start, servers.values()))
-    except BaseException:
-        for server in servers.values():
-            print(server.log_text()[-6000:])
-        stack.close()
-        raise
-    return stack, servers
+SETUPS = [Setup("flashinfer", 128), Setup("triton", 128), Setup("fa3", 128), Setup("fa3", 64)]
 
 
 def ask(server: ServerProcess, ids: list[int], new_tokens: int = NEW_TOKENS, from_token: int = -1) -> list[tuple[float, int]]:
@@ -157,24 +119,34 @@ def abort_storm(server: ServerProcess) -> None:
     raise AssertionError("requests are still running")
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
-def test_packed_pages_are_served(model, backend):
-    formats = ["bf16", "hq6"]
-    if backend == "fa3":
+@pytest.fixture(scope="module")
+def answers():
+    """What `measure` got, by arm: setups share their vanilla servers, and a second time would find a warm cache."""
+    return {}
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: f"{setup.backend}-{setup.head_dim}")
+def test_packed_pages_are_served(fleet, answers, setup):
+    if setup.backend == "fa3":
         pytest.importorskip("sgl_kernel.flash_attn", reason="FlashAttention-3 is not installed", exc_type=ImportError)
-    stack, servers = start(model, backend, formats)
+    servers = {arm: fleet.server(arm) for arm in setup.arms}
     try:
-        with stack:
-            got = {name: measure(server) for name, server in servers.items()}
-            without = [ask(servers["vanilla"], ids[PREFIX:], 1, from_token=1) for ids in prompts(2, 37, SHARERS)]
-            lost = statistics.median(differences({"wave": without}, got["vanilla"], "wave"))
-            problems = [f"{fmt}: {p}" for fmt in formats for p in compare(got[fmt], got["vanilla"], got["other"], fmt, lost)]
-            for fmt in formats:
-                problems += [f"{fmt}: {p}" for p in check_books(servers[fmt], fmt)]
-            assert not problems
+        for arm in setup.arms:
+            if arm not in answers:
+                answers[arm] = measure(servers[arm])
+        vanilla, other = answers[setup.vanilla], answers[setup.other]
+        without = [ask(servers[setup.vanilla], ids[PREFIX:], 1, from_token=1) for ids in prompts(2, 37, SHARERS)]
+        lost = statistics.median(differences({"wave": without}, vanilla, "wave"))
+        problems = []
+        for fmt, arm in setup.packing.items():
+            problems += [f"{fmt}: {p}" for p in compare(answers[arm], vanilla, other, fmt, lost)]
+        with ThreadPoolExecutor() as pool:
+            books = pool.map(lambda fmt: check_books(servers[setup.packing[fmt]], fmt), FORMATS)
+            problems += [f"{fmt}: {p}" for fmt, found in zip(FORMATS, books, strict=True) for p in found]
+        assert not problems
     except BaseException:
-        for name, server in servers.items():
-            print(f"---- {backend} {name}\n{server.log_text()[-5000:]}")
+        for arm, server in servers.items():
+            print(f"---- {arm.name}\n{server.log_text()[-5000:]}")
         raise
 
 

@@ -1,7 +1,7 @@
 """The grouped kernels on a GPU against float64 attention over the unpacked pages, and what serving relies on: graphs replay what
 eager forwards compute, bit for bit, and nothing waits for the GPU.
 
-`test_small_*` fit compute-sanitizer: `compute-sanitizer python3 -m pytest -m gpu -k test_small tests/gpu/test_grouped_attention_gpu.py`.
+`test_small_*` fit compute-sanitizer (`launch/sanitize.sh`).
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ def test_contents(fmt):
         checks.check_unpack(fmt, (64, 64), contents, device="cuda", pages=3, first_has_sink=False)
 
 
-@pytest.mark.parametrize("fmt", ["hq6", "lossless"])
-def test_page_lists(fmt):
+@pytest.mark.parametrize("fmt", ["hq6", "K6tV4", "lossless", "int8", "bf16"])
+def test_small_page_lists(fmt):
+    """Every pack and unpack kernel; fits compute-sanitizer (`launch/sanitize.sh`)."""
     for pages in (0, 1, 5):
         checks.check_pack(fmt, (64, 64), "random", device="cuda", pages=pages, index_dtype=torch.int32)
         checks.check_unpack(fmt, (64, 64), "random", device="cuda", pages=pages, all_layers=False)

@@ -38,8 +38,9 @@ ARMS = {
     "fp8_e4m3": ["--kv-cache-dtype", "fp8_e4m3"],
 }
 ARGS = [
-    "--attention-backend", "flashinfer", "--page-size", "64", "--max-total-tokens", "32768", "--mem-fraction-static", "0.9",
-    "--cuda-graph-backend-decode", "disabled", "--grammar-backend", "none", "--skip-server-warmup", "--random-seed", "0",
+    "--attention-backend", "flashinfer", "--page-size", "64", "--max-total-tokens", "131072", "--mem-fraction-static", "0.9",
+    "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled", "--grammar-backend", "none",
+    "--skip-server-warmup", "--random-seed", "0",
 ]  # fmt: skip
 
 Step = dict[int, float]  # token id -> log-probability, of the best tokens
@@ -85,8 +86,7 @@ def _generate(url: str, ids: list[int], logprobs_from: int | None) -> dict:
 
 
 def served(model: str, prompts: Sequence[list[int]]) -> dict[str, list[Step]]:
-    """All arms; their servers start at the same time. Asserts that packed pages were read in the packing arms only."""
-    out = {}
+    """All arms, side by side. Asserts that packed pages were read in the packing arms only."""
     with ExitStack() as stack, ThreadPoolExecutor(len(ARMS)) as pool:
         servers = {}
         for arm, options in ARMS.items():
@@ -94,8 +94,8 @@ def served(model: str, prompts: Sequence[list[int]]) -> dict[str, list[Step]]:
             stack.callback(servers[arm].stop)
         for started in [pool.submit(server.start) for server in servers.values()]:
             started.result()
+        out = dict(zip(servers, pool.map(lambda server: measure(server, prompts), servers.values()), strict=True))
         for arm, server in servers.items():
-            out[arm] = measure(server, prompts)
             hq = server.server_info()["internal_states"][0].get("hq")
             assert (hq is not None) == (arm in ("bf16", *FORMATS))
             assert hq is None or (hq["format"] == arm and hq["counters"]["packed_tokens_read"] >= len(prompts) * PREFIX)

@@ -62,7 +62,11 @@ class Fleet:
             if arm.packs:
                 server.argv[1:3] = [str(Path(__file__).with_name("poisoned_server.py"))]
         with ThreadPoolExecutor(len(arms) or 1) as pool:
-            list(pool.map(self._start, arms))
+            try:
+                list(pool.map(self._start, arms))
+            except BaseException:  # Ctrl-C, while the pool's threads wait for their servers
+                self.stop()
+                raise
 
     def server(self, arm: Arm) -> ServerProcess:
         """Raises what kept the arm's server from starting."""

@@ -2,6 +2,8 @@
 
 Parts of affine pages are still rotated: their sum is rotated here, once a row. Sinks, the first tokens of the sequence in
 bfloat16, are attended to here. Everything is float32; log-sum-exps are base 2 inside, and `BASE_2` says what the dense state has.
+
+A row has a few KB, so time is latency: what does not depend on the parts is asked for before them.
 """
 
 from __future__ import annotations
@@ -11,30 +13,39 @@ import triton.language as tl
 
 from sgl_hq.kernels.page_codec.kernel_powers import next_power_of_2
 
-from .kernel_fields import dot
-
 _EMPTY = tl.constexpr(-1.0e30)
-_AT_ONCE = tl.constexpr(4)  # parts whose loads are under way together
+_AT_ONCE = tl.constexpr(4)  # parts, and sink tokens, whose loads are under way together
 
 
 @triton.jit(do_not_specialize=["scale", "row_words", "sink_words", "sink_slot", "sink_head", "lse_row", "lse_head"])
 def merge_states(
-    q, work, part_o, part_lse, sinks, signs, dense_o, dense_lse, out, out_lse,
+    q, work, part_o, part_lse, sinks, dense_o, dense_lse, out, out_lse,
     scale, row_words, sink_words, sink_slot, sink_head, lse_row, lse_head,
-    Q_HEADS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, HAS_DENSE: tl.constexpr, BASE_2: tl.constexpr, WRITE_LSE: tl.constexpr, PTX: tl.constexpr,
+    Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SINK_TOKENS: tl.constexpr,
+    HAS_DENSE: tl.constexpr, BASE_2: tl.constexpr, WRITE_LSE: tl.constexpr,
 ):  # fmt: skip
-    """One program a query row and KV_HEADS kv heads. scale: softmax scale times log2(e). row_words, sink_words: header
-    offsets (work.py). signs: sign matrix of `BLOCK`, `[D, D] bfloat16`, BLOCK 0 = parts are not rotated. sinks: slots of one
-    layer, bytes; dense_o `[rows, Q_HEADS, D]`, dense_lse by strides. out `[rows, Q_HEADS, D]`, out_lse `[rows, Q_HEADS]`, base 2."""
-    HEADS: tl.constexpr = max(16, next_power_of_2(GROUP * KV_HEADS))
-    row = tl.program_id(0).to(tl.int64)
+    """One program a query row and kv head. scale: softmax scale times log2(e). row_words, sink_words: header offsets
+    (work.py). BLOCK: size of the rotation, 0 = parts are not rotated. sinks: slots of one layer, bytes; dense_o
+    `[rows, Q_HEADS, D]`, dense_lse by strides. out `[rows, Q_HEADS, D]`, out_lse `[rows, Q_HEADS]`, base 2."""
+    HEADS: tl.constexpr = next_power_of_2(GROUP)
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     local, channel = tl.arange(0, HEADS), tl.arange(0, D)
-    inside = local < GROUP * KV_HEADS
-    head = tl.program_id(1) * (GROUP * KV_HEADS) + local
+    inside = local < GROUP
+    head = kv_head * GROUP + local
     where = head[:, None] * D + channel[None, :]
     mask = inside[:, None]
     first, last = tl.load(work + row_words + row), tl.load(work + row_words + row + 1)
+
+    if SINK_TOKENS > 0:
+        slot = tl.load(work + sink_words + row)
+        query = tl.load(q + row * Q_HEADS * D + where, mask=mask, other=0.0)
+        sink = tl.multiple_of(sinks + slot.to(tl.int64) * sink_slot + kv_head * sink_head, 16).to(tl.pointer_type(tl.bfloat16))
+        tokens = ()
+        for token in tl.static_range(min(SINK_TOKENS, _AT_ONCE)):
+            tokens = tokens + _sink_token(sink, token, slot >= 0, mask, channel, D, SINK_TOKENS)
+    if HAS_DENSE:
+        lse = tl.load(dense_lse + row * lse_row + head * lse_head, mask=inside, other=_EMPTY)
+        dense = tl.load(dense_o + row * Q_HEADS * D + where, mask=mask, other=0.0)
 
     m = tl.full((HEADS,), _EMPTY, tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -51,37 +62,29 @@ def merge_states(
         total = total * keep + (w0 + w1) + (w2 + w3)
         m = m_new
     if BLOCK > 0:
-        if first < last:
-            matrix = tl.load(signs + channel[:, None] * D + channel[None, :])
-            coarse = o.to(tl.bfloat16)  # two bfloat16 hold 16 of float32's 24 bits: 2**-17 of the largest value in a row
-            fine = (o - coarse.to(tl.float32)).to(tl.bfloat16)
-            o = dot(fine, matrix, dot(coarse, matrix, None, PTX), PTX) * (1 / BLOCK**0.5)
+        o = _rotate(o, HEADS, D, BLOCK)
 
     if SINK_TOKENS > 0:
-        slot = tl.load(work + sink_words + row)
         if slot >= 0:
-            query = tl.load(q + row * Q_HEADS * D + where, mask=mask, other=0.0).to(tl.float32)
-            start = sinks + slot.to(tl.int64) * sink_slot + tl.program_id(1) * KV_HEADS * sink_head
-            sink = (start + local // GROUP * sink_head).to(tl.pointer_type(tl.bfloat16))[:, None] + channel[None, :]
             for token in tl.static_range(SINK_TOKENS):
-                key = tl.load(sink + token * D, mask=mask, other=0.0).to(tl.float32)
-                value = tl.load(sink + (SINK_TOKENS + token) * D, mask=mask, other=0.0).to(tl.float32)
-                score = tl.sum(query * key, 1) * scale
+                if token < _AT_ONCE:
+                    key, value = tokens[2 * token], tokens[2 * token + 1]
+                else:
+                    key, value = _sink_token(sink, token, slot >= 0, mask, channel, D, SINK_TOKENS)
+                score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
                 m_new = tl.maximum(m, score)
                 keep, weight = tl.exp2(m - m_new), tl.exp2(score - m_new)
-                o = o * keep[:, None] + value * weight[:, None]
+                o = o * keep[:, None] + value.to(tl.float32) * weight[:, None]
                 total = total * keep + weight
                 m = m_new
 
     if HAS_DENSE:
-        lse = tl.load(dense_lse + row * lse_row + head * lse_head, mask=inside, other=_EMPTY)
         if not BASE_2:
             lse *= 1.4426950408889634
         lse = tl.maximum(lse, _EMPTY)  # -inf: no dense token
-        values = tl.load(dense_o + row * Q_HEADS * D + where, mask=mask, other=0.0).to(tl.float32)
         m_new = tl.maximum(m, lse)
         keep, weight = tl.exp2(m - m_new), tl.where(lse > _EMPTY, tl.exp2(lse - m_new), 0.0)
-        o = o * keep[:, None] + tl.where((weight > 0)[:, None], values * weight[:, None], 0.0)
+        o = o * keep[:, None] + tl.where((weight > 0)[:, None], dense.to(tl.float32) * weight[:, None], 0.0)
         total = total * keep + weight
         m = m_new
     some = total > 0
@@ -100,3 +103,28 @@ def _part(work, index, last, part_o, part_lse, head, where, inside, Q_HEADS: tl.
     lse = tl.load(part_lse + part * Q_HEADS + head, mask=inside & listed, other=_EMPTY)
     o = tl.load(part_o + part * Q_HEADS * D + where, mask=inside[:, None] & listed, other=0.0)
     return lse, o
+
+
+@triton.jit
+def _sink_token(sink, token: tl.constexpr, has_slot, mask, channel, D: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """(K, V) of a token of a slot, `[HEADS, D] bfloat16`, the same for every head. sink: the slot's kv head."""
+    where = sink + token * D + channel[None, :]
+    key = tl.load(where, mask=mask & has_slot, other=0.0)
+    return key, tl.load(where + SINK_TOKENS * D, mask=mask & has_slot, other=0.0)
+
+
+@triton.jit
+def _rotate(o, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows `[HEADS, D] float32` times the orthonormal rotation of hadamard.py: its butterfly, so float32 all the way, and no
+    matrix is read."""
+    right = (tl.arange(0, 2) == 1)[None, :, None]
+    for stage in tl.static_range(_stages(BLOCK)):
+        pairs = tl.reshape(o, (HEADS * D >> (stage + 1), 2, 1 << stage))
+        plus, minus = tl.sum(pairs, 1, keep_dims=True), tl.sum(tl.where(right, -pairs, pairs), 1, keep_dims=True)
+        o = tl.reshape(tl.where(right, minus, plus), (HEADS, D))
+    return o * (1 / BLOCK**0.5)
+
+
+@triton.constexpr_function
+def _stages(block: int) -> int:
+    return block.bit_length() - 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgl_hq.kernels.page_codec.hadamard import block_size, sign_matrix
+from sgl_hq.kernels.page_codec.hadamard import block_size
 from sgl_hq.kernels.page_codec.launcher import affine_constants, lossless_constants, simple_constants
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
@@ -34,7 +34,6 @@ _LARGE_STEP = 2  # pages of a step there
 _SMALL_PER_SM, _LARGE_PER_SM = 8, 1
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
-_MERGE_PROGRAMS = 256  # about two an SM
 _EXPAND_PER_SM = 8
 _HOPPER = {"num_warps": 4, "STAGES": 3}
 # A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
@@ -212,35 +211,24 @@ def merge(
         raise ValueError(f"q has {rows} rows, the plan was made for {work.max_rows}")
     if fmt.sink_tokens and sinks is None:
         raise ValueError(f"format {fmt.name} keeps sinks: give their slots")
+    if fmt.sink_tokens and any(n % 16 for n in (sinks.data_ptr(), *sinks.stride()[:2])):
+        raise ValueError("slots of sinks must start on multiples of 16 bytes")
     out = torch.empty_like(q) if out is None else out
     if not out.is_contiguous() or not (out_lse is None or out_lse.is_contiguous()):
         raise ValueError("out and out_lse must be contiguous")
     if not rows:
         return out
     at = work.grid.sections(work.max_rows)
-    rotated = fmt.kind == "affine"
-    signs = _signs(layout.v_head_dim, q.device) if rotated else q
     slot_strides = sinks.stride()[:2] if fmt.sink_tokens else (0, 0)
     lse_strides = (0, 0) if dense_lse is None else dense_lse.stride()
-    together = _heads_together(rows, work)
-    merge_states[(rows, work.kv_heads // together)](
-        q, work.words, work.part_o, work.part_lse, sinks if fmt.sink_tokens else q, signs, q if dense_o is None else dense_o,
+    merge_states[(rows, work.kv_heads)](
+        q, work.words, work.part_o, work.part_lse, sinks if fmt.sink_tokens else q, q if dense_o is None else dense_o,
         q if dense_lse is None else dense_lse, out, q if out_lse is None else out_lse, scale * LOG2_E, at.rows, at.sinks,
-        *slot_strides, *lse_strides, Q_HEADS=q.shape[1], GROUP=work.grid.group, KV_HEADS=together, D=layout.v_head_dim,
-        BLOCK=block_size(layout.v_head_dim) if rotated else 0, SINK_TOKENS=fmt.sink_tokens, HAS_DENSE=dense_o is not None,
-        BASE_2=base2, WRITE_LSE=out_lse is not None, PTX=q.is_cuda, num_warps=4,
+        *slot_strides, *lse_strides, Q_HEADS=q.shape[1], GROUP=work.grid.group, D=layout.v_head_dim,
+        BLOCK=block_size(layout.v_head_dim) if fmt.kind == "affine" else 0, SINK_TOKENS=fmt.sink_tokens,
+        HAS_DENSE=dense_o is not None, BASE_2=base2, WRITE_LSE=out_lse is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _heads_together(rows: int, work: Work) -> int:
-    """kv heads of one program of the merge: what they share, the sign matrix above all, is read once; but fill the GPU."""
-    together = 1
-    while work.kv_heads % (2 * together) == 0 and rows * work.kv_heads // (2 * together) >= _MERGE_PROGRAMS and (
-        2 * together * work.grid.group <= 2 * SMALL_ROWS
-    ):
-        together *= 2
-    return together
 
 
 @functools.lru_cache(maxsize=16)
@@ -284,11 +272,6 @@ def _hopper_constants(layout: PageLayout) -> dict[str, Any]:
         codes = {name: ((8, 0, found[name][0]),) for name in ("K_PLANES", "V_PLANES")}
         return {"KIND": "int8", **codes, "META": (found["K_PLANES"][1], found["V_PLANES"][1])}
     return {"KIND": "expanded", "K_PLANES": (), "V_PLANES": (), "META": ()}
-
-
-@functools.lru_cache(maxsize=8)
-def _signs(dim: int, device: torch.device) -> torch.Tensor:
-    return sign_matrix(dim, device).to(torch.bfloat16)
 
 
 def _check(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work) -> None:

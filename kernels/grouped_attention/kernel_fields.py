@@ -125,6 +125,39 @@ def page_at(pages, index, PTX: tl.constexpr):
 
 
 @triton.jit
+def byte_at(address, PTX: tl.constexpr):
+    """Bytes at pointers, int32. Not tl.load: the width of an operand's tensor-core layout follows from the narrowest load
+    that it was computed from."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.u8 $0, [$1];", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.load(address).to(tl.int32)
+
+
+@triton.jit
+def expect(address, PTX: tl.constexpr):
+    """Bring the words at pointers to the L1 cache, and wait for nothing."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def as_operand(x, PTX: tl.constexpr):
+    """`[16 m, 8 n] float16` of a tensor-core result as the right operand of the next product. The two layouts are each other's
+    transpose in every 8 x 8 block, which is one instruction; Triton would go through shared memory and two barriers."""
+    if PTX:
+        x = tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+        blocks = tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1] // 8, 8))
+        x = tl.reshape(tl.permute(blocks, (0, 3, 2, 1)), x.shape)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc, PTX: tl.constexpr):
     """tl.dot. The interpreter has no bfloat16 numbers, only their bits: it multiplies in float32."""
     if PTX:

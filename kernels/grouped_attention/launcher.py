@@ -27,11 +27,13 @@ LOG2_E = 1.4426950408889634
 KINDS = ("bf16", "lossless", "int8", "affine")
 HEAD_DIMS = (64, 128)
 # Two pages are under way: one is read while the next one comes. Programs an SM runs at a time follow from that, and from
-# registers: 255 a thread.
+# registers: each of its four schedulers has room for 2 warps of 255 a thread, or 3 of 168.
 _SMALL = {"num_warps": 1, "STAGES": 3}
 _LARGE = {"num_warps": 8, "STAGES": 3}
 _LARGE_STEP = 2  # pages of a step there
 _SMALL_PER_SM, _LARGE_PER_SM = 8, 1
+_SLIM_PER_SM, _SLIM = 12, {"maxnreg": 168}
+_CODED_ROWS = 8  # of a small tile of affine or int8 pages, if they hold the query heads of a kv head
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _EXPAND_PER_SM = 8
@@ -84,14 +86,25 @@ def why_not(layout: PageLayout, q_heads: int, kv_heads: int) -> str | None:
 def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Grid:
     """Programs of both kernels for one GPU."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS
+    group = q_heads // kv_heads
+    tile = _CODED_ROWS if layout.fmt.kind in ("affine", "int8") and group <= _CODED_ROWS else SMALL_ROWS
+    per_sm = _SLIM_PER_SM if _is_slim(layout, tile) else max(1, min(_SMALL_PER_SM, _buffers_per_sm(layout)))
+    step, direct_tiles = (1, _DIRECT_TILES if layout.fmt.kind in _DIRECT_KINDS else 0) if is_hopper(device) else (_LARGE_STEP, 0)
+    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), group, tile, step, direct_tiles)
+
+
+def _buffers_per_sm(layout: PageLayout) -> int:
+    """Programs of small tiles whose buffers an SM has room for."""
     one_bit = sum(bits & 1 for bits in (layout.fmt.k_bits, layout.fmt.v_bits)) if layout.fmt.kind == "affine" else 0
     buffers = 2 * (layout.record_bytes + one_bit * 24 * layout.head_dim)  # the rows of a 1-bit plane lie there four times
     if layout.fmt.kind == "lossless":
         buffers //= 2  # its steps are half pages
-    per_sm = max(1, min(_SMALL_PER_SM, _SHARED_BYTES // buffers))
-    hopper = is_hopper(device)
-    step, direct_tiles = (1, _DIRECT_TILES if layout.fmt.kind in _DIRECT_KINDS else 0) if hopper else (_LARGE_STEP, 0)
-    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), q_heads // kv_heads, step, direct_tiles)
+    return _SHARED_BYTES // buffers
+
+
+def _is_slim(layout: PageLayout, small_tile: int) -> bool:
+    """Small tiles that do with 168 registers, and whose buffers are small enough for it to matter."""
+    return layout.fmt.kind == "affine" and small_tile == _CODED_ROWS and _buffers_per_sm(layout) >= _SLIM_PER_SM
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,8 +179,8 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
     if work.tiles.small:
         attend_small[(grid.small * heads,)](
-            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), FIRST=at.small,
-            PROGRAMS=grid.small, **_SMALL,
+            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), ROWS=grid.small_tile,
+            FIRST=at.small, PROGRAMS=grid.small, **_SMALL, **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
         )  # fmt: skip
     if not work.tiles.large:
         return

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 ITEM_WORDS = 8
-SMALL_ROWS = 16  # (request, query head) pairs of a small tile: the smallest tile of a tensor core
+SMALL_ROWS = 16  # most (request, query head) pairs of a small tile
 LARGE_ROWS = 128
-MAX_SMALL_TILES = 3  # a group of more tiles is read in large ones: every small tile reads and unpacks the pages again
+MAX_SMALL_TILES = 3  # a group of more such tiles is read in large ones: every small tile reads and unpacks the pages again
 MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 4  # pages that are worth an item of their own: its rows are read and its part written
 NO_SINK = -1
 
@@ -62,19 +62,26 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Programs per kv head of the two kernels, and the query heads that share a kv head. large_step: pages a large tile attends
-    at a time. direct_tiles: the large kernel unpacks pages itself, and does for groups of up to so many large tiles."""
+    """Programs per kv head of the two kernels, the query heads that share a kv head, and the (request, query head) pairs of a
+    small tile. large_step: pages a large tile attends at a time. direct_tiles: the large kernel unpacks pages itself, and does for
+    groups of up to so many large tiles."""
 
     small: int
     large: int
     group: int
+    small_tile: int = SMALL_ROWS
     large_step: int = 1
     direct_tiles: int = 0
 
     @property
     def small_rows(self) -> int:
         """Query rows of a small tile."""
-        return max(1, SMALL_ROWS // self.group)
+        return max(1, self.small_tile // self.group)
+
+    @property
+    def most_small_rows(self) -> int:
+        """Query rows of the largest group that is read in small tiles."""
+        return MAX_SMALL_TILES * max(1, SMALL_ROWS // self.group)
 
     @property
     def large_rows(self) -> int:
@@ -104,7 +111,7 @@ def lay_out(
         pages, rows = np.asarray(group.pages, np.int32), np.asarray(group.rows, np.int32)
         if not len(pages) or not len(rows):
             continue
-        kind = "small" if -(-len(rows) // grid.small_rows) <= MAX_SMALL_TILES else "large"
+        kind = "small" if len(rows) <= grid.most_small_rows else "large"
         skip = sink_tokens if group.sink != NO_SINK else 0
         expand = 0
         if kind == "large" and room is not None and -(-len(rows) // grid.large_rows) > grid.direct_tiles:

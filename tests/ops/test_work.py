@@ -17,8 +17,10 @@ from sgl_hq.page_format import get_format
 from work_lists import Lists
 
 SINK_TOKENS = 4
-GROUPS = st.sampled_from([1, 2, 3, 4, 7, 8, 16])
-GRIDS = st.builds(Grid, st.integers(1, 40), st.integers(1, 20), GROUPS, st.sampled_from([1, 2]), st.sampled_from([0, 0, 4]))
+STEPS = st.sampled_from([1, 2]), st.sampled_from([0, 0, 4])
+GRIDS = st.builds(Grid, st.integers(1, 40), st.integers(1, 20), st.sampled_from([1, 2, 3, 4, 7, 8]), st.sampled_from([8, 16]), *STEPS) | (
+    st.builds(Grid, st.integers(1, 40), st.integers(1, 20), st.just(16), st.just(16), *STEPS)
+)
 
 
 @st.composite
@@ -51,7 +53,7 @@ def check(groups: list[RowGroup], max_rows: int, grid: Grid, room: int | None) -
     got, got_skips, writer, part_rows = Counter(), Counter(), {}, {}
     for kind, most in (("small", grid.small_rows), ("large", grid.large_rows)):
         for pages, rows, part, skip, tile in lists.items(kind):
-            assert len(rows) <= most and len(rows) * grid.group <= (SMALL_ROWS if kind == "small" else LARGE_ROWS)
+            assert len(rows) <= most and len(rows) * grid.group <= (grid.small_tile if kind == "small" else LARGE_ROWS)
             assert len(set(rows)) == len(rows)
             for i, row in enumerate(rows):
                 got.update((row, page) for page in pages)
@@ -93,7 +95,7 @@ def test_every_page_is_read_once_for_every_row(batch, grid, room):
 def test_groups_of_many_rows_go_to_large_tiles_and_are_expanded_while_there_is_room(rows, pages, grid, room):
     groups = [RowGroup(range(pages), range(rows)), RowGroup(range(pages, 2 * pages), range(rows))]
     lists = check(groups, rows, grid, room)
-    many = -(-rows // grid.small_rows) > MAX_SMALL_TILES
+    many = rows > MAX_SMALL_TILES * (SMALL_ROWS // grid.group)
     direct = many and -(-rows // grid.large_rows) <= grid.direct_tiles
     fits = min(2, room // pages) if many and not direct else 0
     assert lists.expanded == list(range(fits * pages))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_fields import dot, field, join_field
+from .kernel_fields import dot, field, join_field, second_half_down
 
 ROWS = tl.constexpr(16)  # of a small tile of lossless pages
 TILE = tl.constexpr(16)  # tokens
@@ -34,8 +34,8 @@ def planes(
     record, word, HALF: tl.constexpr, BITS: tl.constexpr, OFFSETS: tl.constexpr, ACROSS: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
     """Four tiles of words. 8 bits: those of the plane. Else two tiles of the 4-bit plane, the 2-bit plane, and the 1-bit
-    plane as if its slots had 16 tokens: slot 2 j + 1 of its eight rows is moved beside slot 2 j. What BITS has not is filled
-    up with another tile."""
+    plane as if its slots had 16 tokens: its eight rows twice, slot 2 j + 1 of the second ones moved to the place of slot 2 j. What
+    BITS has not is filled up with another tile. ACROSS: tiles are `[HALF, TILE]`."""
     if BITS == 8:
         a = rows_of(record + OFFSETS[0], 0, word, HALF, ACROSS)
         b = rows_of(record + OFFSETS[0], 16, word, HALF, ACROSS)
@@ -53,10 +53,9 @@ def planes(
                 b = c
         d = a
         if BITS & 1:
-            row = tl.arange(0, TILE)
-            start = (record + OFFSETS[-1]).to(tl.pointer_type(tl.int16)) + _places(row % 8, word, HALF, ACROSS)
-            late = (row >= 8)[None, :] if ACROSS else (row >= 8)[:, None]
-            d = join_field(tl.load(start, mask=late, other=0), tl.load(start, mask=~late, other=0), 1, 0xFFFF, PTX)
+            row = tl.arange(0, TILE) % 8
+            start = (record + OFFSETS[-1]).to(tl.pointer_type(tl.int16))
+            d = second_half_down(tl.load(start + _places(row, word, HALF, ACROSS)), ACROSS, PTX)
     return a, b, c, d
 
 

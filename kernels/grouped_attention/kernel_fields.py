@@ -100,6 +100,23 @@ def to_bfloat16(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def second_half_down(words, ACROSS: tl.constexpr, PTX: tl.constexpr):
+    """Words of tokens 8 to 15 of a tile shifted right by one bit, int16. `[16, N]`, or ACROSS: `[N, 16]`. PTX: `words` must become
+    a left operand of a product, of which a thread has 8 values of a 16 x 16 block in a row: (row, k), (row + 8, k), (row, k + 8)
+    and (row + 8, k + 8), two of neighbouring k each. What an upper word loses is in the top bit of the lower one."""
+    if PTX:
+        text: tl.constexpr = (
+            "mov.b32 $0, $4; mov.b32 $1, $5; shr.u32 $2, $6, 1; shr.u32 $3, $7, 1;"
+            if ACROSS
+            else "mov.b32 $0, $4; shr.u32 $1, $5, 1; mov.b32 $2, $6; shr.u32 $3, $7, 1;"
+        )
+        return tl.inline_asm_elementwise(text, "=r,=r,=r,=r,r,r,r,r", [words], dtype=tl.int16, is_pure=True, pack=8)
+    late = tl.arange(0, 16) // 8
+    late = late[None, :] if ACROSS else late[:, None]
+    return ((words.to(tl.int32) & 0xFFFF) >> late).to(tl.int16)
+
+
+@triton.jit
 def half(bits):
     """int16 bits as the float16 that they are."""
     return bits.to(tl.float16, bitcast=True)

@@ -96,7 +96,7 @@ def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.dev
 def _buffers_per_sm(layout: PageLayout) -> int:
     """Programs of small tiles whose buffers an SM has room for."""
     one_bit = sum(bits & 1 for bits in (layout.fmt.k_bits, layout.fmt.v_bits)) if layout.fmt.kind == "affine" else 0
-    buffers = 2 * (layout.record_bytes + one_bit * 24 * layout.head_dim)  # the rows of a 1-bit plane lie there four times
+    buffers = 2 * (layout.record_bytes + one_bit * 8 * layout.head_dim)  # the rows of a 1-bit plane lie there twice
     if layout.fmt.kind == "lossless":
         buffers //= 2  # its steps are half pages
     return _SHARED_BYTES // buffers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_fields import dot, field, join_field, second_half_down
+from .kernel_fields import dot, field, join_field, second_half_down, word_at
 
 ROWS = tl.constexpr(16)  # of a small tile of lossless pages
 TILE = tl.constexpr(16)  # tokens
@@ -109,6 +109,22 @@ def four(bits):
         (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True),
         (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True),
     )  # fmt: skip
+
+
+@triton.jit
+def side_words(record, KIND: tl.constexpr, META: tl.constexpr, PTX: tl.constexpr):
+    """V's scale codes, then its minimum codes, of an affine page, `[32] int32`; of another kind, nothing in their place."""
+    if KIND == "affine":
+        return word_at(record + META[2] + 4 * tl.arange(0, 32), PTX)
+    else:
+        return tl.zeros((32,), tl.int32)
+
+
+@triton.jit
+def largest_byte(words):
+    """The largest byte of int32 words, float32."""
+    low = tl.maximum(words & 0xFF, (words >> 8) & 0xFF)
+    return tl.max(tl.maximum(low, tl.maximum((words >> 16) & 0xFF, (words >> 24) & 0xFF)), 0).to(tl.float32)
 
 
 @triton.jit

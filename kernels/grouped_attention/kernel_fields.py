@@ -153,12 +153,13 @@ def byte_at(address, PTX: tl.constexpr):
 
 
 @triton.jit
-def expect(address, PTX: tl.constexpr):
-    """Bring the words at pointers to the L1 cache, and wait for nothing."""
+def word_at(address, PTX: tl.constexpr):
+    """Four bytes at pointers, int32; like page_at, not part of Triton's pipeline."""
     if PTX:
-        tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
         )
+    return tl.load(address.to(tl.pointer_type(tl.int32)))
 
 
 @triton.jit

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from .kernel_codes import (
-    NO_SCORE, PEAK, TILE, as_result, codes, four, lift, number, planes, power_of_two, side_ranges,
+    NO_SCORE, PEAK, TILE, as_result, codes, four, largest_byte, lift, number, planes, power_of_two, side_ranges, side_words,
 )  # fmt: skip
-from .kernel_fields import CODE_UNIT, as_operand, byte_at, dot, exp2, expect, field, half, page_at
+from .kernel_fields import CODE_UNIT, as_operand, byte_at, dot, exp2, field, half, page_at
 from .kernel_small_lossless import attend_lossless
 
 
@@ -100,18 +100,21 @@ def _coded(
     shift, total = tl.zeros((TILE, ROWS), tl.float32), tl.zeros((TILE, ROWS), tl.float32)
     m = tl.full((ROWS,), NO_SCORE, tl.float32)
     v_unit = 2.0**-100  # o is in units of the largest V scale so far
-    k_ranges, v_ranges = side_ranges(base + page_at(pages, 0, PTX) * record_page, KIND, META)
+    first = base + page_at(pages, 0, PTX) * record_page
+    k_ranges, v_ranges = side_ranges(first, KIND, META)
+    v_words = side_words(first, KIND, META, PTX)
     for i in tl.range(0, count, num_stages=STAGES):
         record = tl.multiple_of(base + page_at(pages, i, PTX) * record_page, 16)
         k0, k1, k2, k3 = planes(record, word, HALF, K_BITS, K_FIELDS, False, PTX)
         v0, v1, v2, v3 = planes(record, word, HALF, V_BITS, V_FIELDS, True, PTX)
         if KIND == "affine":
-            # Ranges come a page early, and V's scales and minima, 128 bytes, are brought to the L1 cache before they are needed.
+            # Ranges come a page early, and so do the words of V's scales and minima: then their bytes are in the L1 cache.
             ks_base, ks_step, km_base, km_step = four(k_ranges)
             vs_base, vs_step, vm_base, vm_step = four(v_ranges)
-            k_ranges, v_ranges = side_ranges(base + page_at(pages, tl.minimum(i + 1, count - 1), PTX) * record_page, KIND, META)
-            expect(record + META[2] + 4 * tl.arange(0, 32), PTX)
-            vs_most = vs_base + 255.0 * vs_step
+            vs_most = vs_base + largest_byte(tl.where(tl.arange(0, 32) < 16, v_words, 0)) * vs_step
+            following = base + page_at(pages, tl.minimum(i + 1, count - 1), PTX) * record_page
+            k_ranges, v_ranges = side_ranges(following, KIND, META)
+            v_words = side_words(following, KIND, META, PTX)
             k_scale = tl.load((record + META[0]).to(tl.pointer_type(tl.int16)) + word)
             k_min = tl.load((record + META[1]).to(tl.pointer_type(tl.int16)) + word)
             # Scales relative to twice the page's largest possible one: at most 1/2 in float16.

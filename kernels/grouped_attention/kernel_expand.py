@@ -23,28 +23,36 @@ def expand_pages(
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """scratch `[pages, heads, 2, 64, D] bfloat16`; page i of the list that `work` names at FIRST goes to scratch page i.
-    Other arguments as in kernel_small.py and page_codec/launcher.py. Grid: PROGRAMS."""
+    Other arguments as in kernel_small.py and page_codec/launcher.py. Grid: PROGRAMS. A program expands one side of a record at a time."""
     pages, count = work + tl.load(work + FIRST), tl.load(work + FIRST + 1)
-    for index in range(tl.program_id(0), count * heads, PROGRAMS):
+    for side in range(tl.program_id(0), 2 * count * heads, PROGRAMS):
+        index = side // 2
         page, head = tl.load(pages + index // heads).to(tl.int64), index % heads
         record = tl.multiple_of(records + page * record_page + head * record_head, 16)
-        k_out = scratch + (tl.zeros((), tl.int64) + index) * (128 * D)
-        v_out = k_out + 64 * D
-        if KIND == "lossless":
-            tail = record + ESCAPES[2]
-            unpack_side(record, k_out, D, tail, D, True, K_PLANES)
-            unpack_side(record, v_out, D, tail + D // 8, D, False, V_PLANES)
-            k_count = tl.load(tail + D // 8 + 1).to(tl.int32)
-            v_count = tl.load(tail + D // 8 + 2).to(tl.int32)
-            tl.debug_barrier()  # the escapes are written over what is there now
-            restore_escapes(record, k_out, D, 0, k_count, D, K_PLANES, ESCAPES, BUDGET)
-            restore_escapes(record, v_out, D, k_count, v_count, D, V_PLANES, ESCAPES, BUDGET)
-        elif KIND == "int8":
-            _int8(record, k_out, D, K_PLANES)
-            _int8(record, v_out, D, V_PLANES)
+        out = scratch + (tl.zeros((), tl.int64) + side) * (64 * D)
+        if side % 2 == 0:
+            if KIND == "lossless":
+                tail = record + ESCAPES[2]
+                unpack_side(record, out, D, tail, D, True, K_PLANES)
+                k_count = tl.load(tail + D // 8 + 1).to(tl.int32)
+                tl.debug_barrier()  # the escapes are written over what is there now
+                restore_escapes(record, out, D, 0, k_count, D, K_PLANES, ESCAPES, BUDGET)
+            elif KIND == "int8":
+                _int8(record, out, D, K_PLANES)
+            else:
+                _affine(record, out, D, K_PLANES, K_META, RANGES, True)
         else:
-            _affine(record, k_out, D, K_PLANES, K_META, RANGES, True)
-            _affine(record, v_out, D, V_PLANES, V_META, RANGES + 8, False)
+            if KIND == "lossless":
+                tail = record + ESCAPES[2]
+                unpack_side(record, out, D, tail + D // 8, D, False, V_PLANES)
+                k_count = tl.load(tail + D // 8 + 1).to(tl.int32)
+                v_count = tl.load(tail + D // 8 + 2).to(tl.int32)
+                tl.debug_barrier()
+                restore_escapes(record, out, D, k_count, v_count, D, V_PLANES, ESCAPES, BUDGET)
+            elif KIND == "int8":
+                _int8(record, out, D, V_PLANES)
+            else:
+                _affine(record, out, D, V_PLANES, V_META, RANGES + 8, False)
 
 
 @triton.jit

@@ -29,12 +29,13 @@ from .kernel_small_lossless import attend_lossless
 def attend_small(
     q, records, work, part_o, part_lse, record_page, record_head, scale,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, META: tl.constexpr, ROWS: tl.constexpr,
+    V_BITS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, META: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
     FIRST: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """q `[rows, Q_HEADS, D] bfloat16`; records `[pages, heads, record_bytes] uint8` of one layer, strides multiples of 16;
     work: work.py, FIRST = where its program list of this kernel starts; part_o `[parts, Q_HEADS, D]`, part_lse
-    `[parts, Q_HEADS] float32`, base 2. scale: softmax scale times log2(e). FIELDS, META: byte offsets (launcher.py).
+    `[parts, Q_HEADS] float32`, base 2. scale: softmax scale times log2(e). FIELDS, META: byte offsets, SINKS: most
+    tokens of a page that `skip` may leave out (launcher.py).
     Grid: PROGRAMS x kv heads."""
     program, head = tl.program_id(0) % PROGRAMS, tl.program_id(0) // PROGRAMS
     HALF: tl.constexpr = D // 2
@@ -70,7 +71,7 @@ def attend_small(
                 odd = tl.load(source[None, :] + pair[:, None] + 1, mask=inside[None, :], other=0.0)
                 o0, o1, m, total = _coded(
                     even, odd, base, pages, count, skip, record_page, scale, ROWS, D, KIND, K_BITS, V_BITS, K_FIELDS, V_FIELDS,
-                    META, STAGES, PTX,
+                    META, SINKS, STAGES, PTX,
                 )  # fmt: skip
                 tl.store(target[None, :] + pair[:, None], o0 / total[None, :], mask=inside[None, :])
                 tl.store(target[None, :] + pair[:, None] + 1, o1 / total[None, :], mask=inside[None, :])
@@ -81,7 +82,7 @@ def attend_small(
 def _coded(
     even, odd, base, pages, count, skip, record_page, scale, ROWS: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, META: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    SINKS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Kinds affine and int8: o of even and of odd channels, `[D / 2, ROWS]`, running maximum (base 2), sum. even, odd:
     `[D / 2, ROWS]`. META, affine: byte offsets of K scale codes, K minimum codes, V scale codes, V minimum codes, ranges;
@@ -131,7 +132,15 @@ def _coded(
             s1 = _scores(a0, a1, k0, k1, k2, k3, 1, K_BITS, 0, PTX) * (gain * lift(1, K_BITS))[None, :] + bias
             s2 = _scores(a0, a1, k0, k1, k2, k3, 2, K_BITS, 0, PTX) * (gain * lift(2, K_BITS))[None, :] + bias
             s3 = _scores(a0, a1, k0, k1, k2, k3, 3, K_BITS, 0, PTX) * (gain * lift(3, K_BITS))[None, :] + bias
-            s0 = tl.where((token >= tl.where(i == 0, skip, 0))[:, None], s0, NO_SCORE)
+            left_out = tl.where(i == 0, skip, 0)
+            if SINKS > 0:
+                s0 = tl.where((token >= left_out)[:, None], s0, NO_SCORE)
+            if SINKS > TILE:
+                s1 = tl.where((token >= left_out - TILE)[:, None], s1, NO_SCORE)
+            if SINKS > 2 * TILE:
+                s2 = tl.where((token >= left_out - 2 * TILE)[:, None], s2, NO_SCORE)
+            if SINKS > 3 * TILE:
+                s3 = tl.where((token >= left_out - 3 * TILE)[:, None], s3, NO_SCORE)
         else:
             scales = (record + META[0]).to(tl.pointer_type(tl.bfloat16)) + token
             gain, bias = (per_unit * CODE_UNIT)[None, :], (-128.0 * q_sum)[None, :]

@@ -248,7 +248,7 @@ def merge(
 def _constants(layout: PageLayout) -> dict[str, Any]:
     """Byte offsets of a record's fields, as constants of kernel_small.py."""
     fmt = layout.fmt
-    out: dict[str, Any] = {"KIND": fmt.kind, "K_BITS": 0, "V_BITS": 0, "META": (0,)}
+    out: dict[str, Any] = {"KIND": fmt.kind, "K_BITS": 0, "V_BITS": 0, "META": (0,), "SINKS": fmt.sink_tokens}
     if fmt.kind == "affine":
         found = affine_constants(layout)
         fields = {f"{side}_FIELDS": tuple(offset for _, _, offset in found[f"{side}_PLANES"]) for side in "KV"}

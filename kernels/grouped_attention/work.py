@@ -27,7 +27,8 @@ import numpy as np
 ITEM_WORDS = 8
 SMALL_ROWS = 16  # most (request, query head) pairs of a small tile
 LARGE_ROWS = 128
-MAX_SMALL_TILES = 3  # a group of more such tiles is read in large ones: every small tile reads and unpacks the pages again
+# A group of more such tiles is read in large ones: every small tile reads and unpacks the pages again. By the pairs of a tile.
+MAX_SMALL_TILES = {8: 4, SMALL_ROWS: 3}
 MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 4  # pages that are worth an item of their own: its rows are read and its part written
 NO_SINK = -1
 
@@ -81,7 +82,7 @@ class Grid:
     @property
     def most_small_rows(self) -> int:
         """Query rows of the largest group that is read in small tiles."""
-        return MAX_SMALL_TILES * max(1, SMALL_ROWS // self.group)
+        return MAX_SMALL_TILES[self.small_tile] * self.small_rows
 
     @property
     def large_rows(self) -> int:

@@ -80,7 +80,7 @@ def test_buffers_of_a_graph_never_move():
         assert [x.data_ptr() for x in (work.words, work.part_o, work.part_lse, work.scratch)] == where
 
 
-MANY = [run_of(ROOT)], [40]  # more than MAX_SMALL_TILES of SMALL_ROWS // (Q_HEADS // KV_HEADS) rows
+MANY = [run_of(ROOT)], [40]  # more than Grid.most_small_rows
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ["bf16", "lossless", "int8", "hq7", "hq6", "hq5", "hq4", "hq3", "hq2", "K8V7", "sink3-K7V2"]
+FORMATS = ["bf16", "lossless", "int8", "hq7", "hq6", "hq5", "hq4", "hq3", "hq2", "K8V7", "sink3-K7V2", "sink50-K4V4"]
 SMALL_FORMATS = [("bf16", 1), ("lossless", 2), ("int8", 4), ("hq5", 8), ("hq3", 3)]  # with query heads of a kv head
 # Kernels are compiled for the number of kv heads, and those of pages that are expanded for `max_rows`: one of each here.
 KV_HEADS, MAX_ROWS = 4, 300
@@ -69,6 +69,11 @@ def test_small_formats(small_compiled, fmt, group):
 @pytest.mark.parametrize("fmt, group", SMALL_FORMATS)
 def test_small_padding(small_compiled, fmt, group):
     checks.check_padding(fmt, 64, **SMALL, group=group)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_lossless_escapes(compiled, dim):
+    checks.check_escapes(dim, device="cuda", kv_heads=1)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

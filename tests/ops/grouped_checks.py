@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from grouped_tolerances import Reader, Tolerance, merged_error, read_error
 
-from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, grouped_attention, make_work, merge
-from sgl_hq.kernels.grouped_attention.work import MAX_SMALL_TILES, NO_SINK, RowGroup, tiles_of
+from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, grouped_attention, make_grid, make_work, merge
+from sgl_hq.kernels.grouped_attention.work import NO_SINK, RowGroup, tiles_of
 from sgl_hq.kernels.page_codec import PageCodec
 from sgl_hq.page_format import PAGE_TOKENS, get_format
 
 SPARE = 3  # pages and sink slots that nobody asks for
 Read = tuple[range | list[int], int, bool]  # rows, number of pages, the pages begin a sequence
 
-# Rows in no group, a row alone, levels that share rows, and a level of more than MAX_SMALL_TILES small tiles.
+# Rows in no group, a row alone, levels that share rows, and a level of too many rows for small tiles.
 SMALL_BATCH: list[Read] = [(range(1, 4), 2, True), ([1, 3], 1, False), ([5], 1, True), ([3], 1, False), ([6], 0, False)]
 MIXED_BATCH: list[Read] = [(range(0, 52), 3, True), (range(8, 20), 2, False), ([9], 1, False), ([53], 1, True)]
 SMALL_ROWS, MIXED_ROWS = 7, 54
@@ -113,9 +113,9 @@ class Case:
         return self.sinks if self.layout.fmt.sink_tokens else None
 
     def reader(self, group: RowGroup) -> Reader:
-        """Which kernel reads a group: the large one from MAX_SMALL_TILES small tiles on."""
-        tiles = -(-len(group.rows) // max(1, 16 // self.group))
-        return Reader.LARGE if tiles > MAX_SMALL_TILES else Reader.SMALL
+        """Which kernel reads a group."""
+        grid = make_grid(self.layout, self.group * self.kv_heads, self.kv_heads, self.device)
+        return Reader.SMALL if len(group.rows) <= grid.most_small_rows else Reader.LARGE
 
     def expected(self, dense: Dense | None = None, rounded_pages: bool = True) -> tuple[torch.Tensor, torch.Tensor, Tolerance]:
         """(o, natural log-sum-exp, tolerance), float64. rounded_pages: pages read by large tiles are what the kernel

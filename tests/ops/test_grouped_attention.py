@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from interpreted import checks_of
 
-FAMILY = ["K8V7", "sink3-K7V2"]
+FAMILY = ["K8V7", "sink3-K7V2", "sink50-K4V4"]
 FORMATS = ["bf16", "lossless", "int8", "hq7", "hq6", "hq5", "hq4", "hq3", "hq2", *FAMILY]
 
 

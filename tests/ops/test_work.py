@@ -95,7 +95,7 @@ def test_every_page_is_read_once_for_every_row(batch, grid, room):
 def test_groups_of_many_rows_go_to_large_tiles_and_are_expanded_while_there_is_room(rows, pages, grid, room):
     groups = [RowGroup(range(pages), range(rows)), RowGroup(range(pages, 2 * pages), range(rows))]
     lists = check(groups, rows, grid, room)
-    many = rows > MAX_SMALL_TILES * (SMALL_ROWS // grid.group)
+    many = -(-rows // grid.small_rows) > MAX_SMALL_TILES[grid.small_tile]
     direct = many and -(-rows // grid.large_rows) <= grid.direct_tiles
     fits = min(2, room // pages) if many and not direct else 0
     assert lists.expanded == list(range(fits * pages))

@@ -216,5 +216,8 @@ def _codes(words, row, slot: gl.constexpr, PLANES: gl.constexpr):
 @gluon.jit
 def _bits(words, row, slot: gl.constexpr, WIDTH: gl.constexpr, WIDEST: gl.constexpr):
     """A plane's bits of token slot * 8 * WIDEST + row: the plane's own slots are finer."""
-    shift = WIDTH * (slot * (WIDEST // WIDTH) + row // (8 * WIDTH))
-    return words >> shift[:, None] & ((1 << WIDTH) - 1) * 0x01010101
+    if WIDTH == 8:
+        return words
+    else:
+        shift = WIDTH * (slot * (WIDEST // WIDTH) + row // (8 * WIDTH))
+        return words >> shift[:, None] & ((1 << WIDTH) - 1) * 0x01010101

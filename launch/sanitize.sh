@@ -15,7 +15,8 @@ command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not ther
 [ $# -gt 0 ] || set -- "${SMALL[@]}"
 
 # API errors are left out: PyTorch probes for functions that the driver may lack, and checks what it calls itself.
-options=(--error-exitcode 86 --print-limit 20 --target-processes application-only --report-api-errors no)
+# A busy host needs more than the default minute to import PyTorch.
+options=(--error-exitcode 86 --print-limit 20 --target-processes application-only --report-api-errors no --launch-timeout 300)
 for name in "${KERNELS[@]}"; do options+=(--kernel-name "kernel_substring=$name"); done
 code=0
 for tool in ${TOOLS:-memcheck racecheck}; do

@@ -12,4 +12,4 @@ The life of a page, each stage naming its file:
 `plugin.register()` is the only function that touches SGLang; importing this package changes nothing.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.3.1"

@@ -14,11 +14,11 @@ from sgl_hq.launch.bench_serve import Setup, sessions
 from sgl_hq.launch.bench_workloads import WORKLOADS, Wave
 from sgl_hq.launch.server_process import ServerProcess
 
-KV_TOKENS, USERS, OUTPUT = 16384, 3, 20
+KV_TOKENS, USERS, OUTPUT = 16384, 3, 8
 LOADS = (
-    replace(WORKLOADS["4x16"], wave=Wave(2, USERS, 256, 32, OUTPUT)),
-    replace(WORKLOADS["cold"], wave=Wave(4, 1, 256, 32, 8)),
-    replace(WORKLOADS["own8192"], wave=Wave(4, 1, 256, 32, OUTPUT)).under("shared"),
+    replace(WORKLOADS["4x16"], wave=Wave(2, USERS, 128, 32, OUTPUT)),
+    replace(WORKLOADS["cold"], wave=Wave(4, 1, 128, 32, OUTPUT)),
+    replace(WORKLOADS["own8192"], wave=Wave(4, 1, 128, 32, OUTPUT)).under("shared"),
 )
 
 

@@ -9,8 +9,6 @@ import statistics
 _ERROR = re.compile(r"^(\[[^\]]*\] )?([\w.]*(Error|Exception|Refused|Failed)\b: |[\w.-]+: error: )")
 _PREFILL = re.compile(r"Prefill batch, #new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
 _DECODE = re.compile(r"Decode batch, #running-req: (\d+)")
-
-
 _THROUGHPUT = re.compile(r"(Decode|Prefill) batch, (?:.*?#running-req: (\d+))?(?:.*?gen throughput \(token/s\): ([0-9.]+))?")
 
 

@@ -14,9 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from .kernel_codes import NO_SCORE
 from .kernel_hopper_pages import FEED_THREADS, feed
-
-NO_SCORE = gl.constexpr(-1.0e30)
 
 
 @gluon.jit(do_not_specialize=["record_page", "record_head", "scratch_page", "scratch_head", "scale"])

@@ -8,6 +8,7 @@ undo the offset; then two are rounded together. V of affine pages stays rotated.
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
@@ -42,8 +43,8 @@ def feed(
 ):  # fmt: skip
     """Bring the pages of every item of a program into the ring, K and V of each, in order.
 
-    KIND: "expanded" (all pages are in `scratch`), "affine" or "int8". PLANES: (bits, lowest bit, byte offset), widest first. META: byte offsets of
-    K's scales and minima, of V's, and of the ranges; for int8 of the scales.
+    KIND: "expanded" (all pages are in `scratch`), "affine" or "int8". PLANES: (bits, lowest bit, byte offset), widest first. META: byte
+    offsets of K's scales and minima, of V's, and of the ranges; for int8 of the scales.
     """
     n = 0
     for at in range(gl.load(work + FIRST + program), gl.load(work + FIRST + program + 1), 8):
@@ -111,10 +112,16 @@ def _fill(full, slot):
     mbarrier.arrive(full.index(slot), count=FEED_THREADS)
 
 
+@triton.constexpr_function
+def _word_layout(dim: int) -> gl.BlockedLayout:
+    """Of a plane's words: a thread has eight channels of a row."""
+    return gl.BlockedLayout([1, 2], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _words(record, D: gl.constexpr, PLANES: gl.constexpr):
     """A side's planes, each `[rows of the widest plane, D / 4] int32`. A narrower plane has fewer rows, which come again."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [256 // D, D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = _word_layout(D)
     row = gl.arange(0, 8 * PLANES[0][0], gl.SliceLayout(1, layout))
     word = gl.arange(0, D // 4, gl.SliceLayout(0, layout))
     out = ()
@@ -127,7 +134,7 @@ def _words(record, D: gl.constexpr, PLANES: gl.constexpr):
 @gluon.jit
 def _meta(record, SIDE: gl.constexpr, D: gl.constexpr, KIND: gl.constexpr, PLANES: gl.constexpr, META: gl.constexpr):
     """A side's scales and minima as stored: affine K's per channel, four a word; V's and int8's per token, by slots."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [256 // D, D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = _word_layout(D)
     ROWS: gl.constexpr = 8 * PLANES[0][0]
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     if KIND == "int8":
@@ -149,14 +156,14 @@ def _meta(record, SIDE: gl.constexpr, D: gl.constexpr, KIND: gl.constexpr, PLANE
 @gluon.jit
 def _write(tile, words, meta, SIDE: gl.constexpr, D: gl.constexpr, KIND: gl.constexpr, PLANES: gl.constexpr):
     """A side's `[64, D] bfloat16`, two channels a word of the tile."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [256 // D, D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = _word_layout(D)
     WIDEST: gl.constexpr = PLANES[0][0]
     ROWS: gl.constexpr = 8 * WIDEST
     target = tile._reinterpret(gl.int32, [64, D // 2], gl.NVMMASharedLayout(128, 32, rank=2))
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     if KIND == "int8":
         scale = meta[0].to(gl.float32)[:, None]
-        _store(target, words[0] ^ -0x7F7F7F80, (scale, scale, scale, scale), _four(scale * -128.0), 0, WIDEST, D)  # codes + 128
+        _store(target, words[0] ^ -0x7F7F7F80, _four(scale), _four(scale * -128.0), 0, WIDEST, D)  # codes + 128
     else:
         if SIDE == 0:
             s0, m0 = _affine(_byte(meta[4], 0)[None, :], _byte(meta[5], 0)[None, :], meta, WIDEST)

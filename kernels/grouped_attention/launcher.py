@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from sgl_hq.kernels.page_codec.hadamard import block_size
-from sgl_hq.kernels.page_codec.launcher import affine_constants, lossless_constants, simple_constants
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
-from .work import LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, Tiles, lay_out
+from .record_constants import CODED_KINDS, expand_constants, hopper_constants, small_constants
+from .work import CODED_ROWS, LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, Tiles, lay_out
 
 LOG2_E = 1.4426950408889634
 KINDS = ("bf16", "lossless", "int8", "affine")
@@ -33,15 +32,13 @@ _LARGE = {"num_warps": 8, "STAGES": 3}
 _LARGE_STEP = 2  # pages of a step there
 _SMALL_PER_SM, _LARGE_PER_SM = 8, 1
 _SLIM_PER_SM, _SLIM = 12, {"maxnreg": 168}
-_CODED_ROWS = 8  # of a small tile of affine or int8 pages, if they hold the query heads of a kv head
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _EXPAND_PER_SM = 8
 _HOPPER = {"num_warps": 4, "STAGES": 3}
 # A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
 _DIRECT_TILES = 4
-_DIRECT_KINDS = ("int8", "affine")
-SCRATCH_PAGES = 1024  # pages of large groups that a forward may have; the rest is read in small tiles
+SCRATCH_PAGES = 1024  # pages of large groups that a forward may have; the rest is read packed
 
 
 class WorkOverflow(ValueError):
@@ -87,9 +84,10 @@ def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.dev
     """Programs of both kernels for one GPU."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS
     group = q_heads // kv_heads
-    tile = _CODED_ROWS if layout.fmt.kind in ("affine", "int8") and group <= _CODED_ROWS else SMALL_ROWS
+    coded = layout.fmt.kind in CODED_KINDS
+    tile = CODED_ROWS if coded and group <= CODED_ROWS else SMALL_ROWS
     per_sm = _SLIM_PER_SM if _is_slim(layout, tile) else max(1, min(_SMALL_PER_SM, _buffers_per_sm(layout)))
-    step, direct_tiles = (1, _DIRECT_TILES if layout.fmt.kind in _DIRECT_KINDS else 0) if is_hopper(device) else (_LARGE_STEP, 0)
+    step, direct_tiles = (1, _DIRECT_TILES if coded else 0) if is_hopper(device) else (_LARGE_STEP, 0)
     return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), group, tile, step, direct_tiles)
 
 
@@ -102,9 +100,10 @@ def _buffers_per_sm(layout: PageLayout) -> int:
     return _SHARED_BYTES // buffers
 
 
+@functools.lru_cache(maxsize=16)
 def _is_slim(layout: PageLayout, small_tile: int) -> bool:
     """Small tiles that do with 168 registers, and whose buffers are small enough for it to matter."""
-    return layout.fmt.kind == "affine" and small_tile == _CODED_ROWS and _buffers_per_sm(layout) >= _SLIM_PER_SM
+    return layout.fmt.kind == "affine" and small_tile == CODED_ROWS and _buffers_per_sm(layout) >= _SLIM_PER_SM
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,7 +178,7 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
     if work.tiles.small:
         attend_small[(grid.small * heads,)](
-            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **_constants(layout), ROWS=grid.small_tile,
+            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **small_constants(layout), ROWS=grid.small_tile,
             FIRST=at.small, PROGRAMS=grid.small, **_SMALL, **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
         )  # fmt: skip
     if not work.tiles.large:
@@ -190,13 +189,13 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
         pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
         if work.tiles.expanded:
             expand_pages[(programs,)](
-                records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **_expand_constants(layout),
+                records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **expand_constants(layout),
                 FIRST=at.expand, PROGRAMS=programs, num_warps=4,
             )  # fmt: skip
     if is_hopper(q.device):
         attend_hopper[(grid.large * heads,)](
             q, records, pages, work.words, *parts, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1],
-            GROUP=grid.group, D=layout.head_dim, FIRST=at.large, PROGRAMS=grid.large, **_hopper_constants(layout), **_HOPPER,
+            GROUP=grid.group, D=layout.head_dim, FIRST=at.large, PROGRAMS=grid.large, **hopper_constants(layout), **_HOPPER,
         )  # fmt: skip
     else:
         attend_large[(grid.large * heads,)](
@@ -242,49 +241,6 @@ def merge(
         HAS_DENSE=dense_o is not None, BASE_2=base2, WRITE_LSE=out_lse is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@functools.lru_cache(maxsize=16)
-def _constants(layout: PageLayout) -> dict[str, Any]:
-    """Byte offsets of a record's fields, as constants of kernel_small.py."""
-    fmt = layout.fmt
-    out: dict[str, Any] = {"KIND": fmt.kind, "K_BITS": 0, "V_BITS": 0, "META": (0,), "SINKS": fmt.sink_tokens}
-    if fmt.kind == "affine":
-        found = affine_constants(layout)
-        fields = {f"{side}_FIELDS": tuple(offset for _, _, offset in found[f"{side}_PLANES"]) for side in "KV"}
-        meta = (*found["K_META"], *found["V_META"], found["RANGES"])
-        return out | fields | {"K_BITS": fmt.k_bits, "V_BITS": fmt.v_bits, "META": meta}
-    found = lossless_constants(layout) if fmt.kind == "lossless" else simple_constants(layout)
-    fields = {side: found[side] for side in ("K_FIELDS", "V_FIELDS")}
-    if fmt.kind == "int8":
-        codes = {side: offsets[:1] for side, offsets in fields.items()}
-        return out | codes | {"K_BITS": 8, "V_BITS": 8, "META": (fields["K_FIELDS"][1], fields["V_FIELDS"][1])}
-    return out | fields | ({"META": (*found["ESCAPES"], found["BUDGET"])} if fmt.kind == "lossless" else {})
-
-
-@functools.lru_cache(maxsize=16)
-def _expand_constants(layout: PageLayout) -> dict[str, Any]:
-    """The same for kernel_expand.py: planes of affine pages, fields of others."""
-    out: dict[str, Any] = {"K_META": (0,), "V_META": (0,), "RANGES": 0, "ESCAPES": (0,), "BUDGET": 0}
-    if layout.fmt.kind == "affine":
-        found = affine_constants(layout)
-        return out | {name: found[name] for name in ("K_PLANES", "V_PLANES", "K_META", "V_META", "RANGES")}
-    found = lossless_constants(layout) if layout.fmt.kind == "lossless" else simple_constants(layout)
-    fields = {"K_PLANES": found["K_FIELDS"], "V_PLANES": found["V_FIELDS"]}
-    return out | fields | {name: found[name] for name in ("ESCAPES", "BUDGET") if name in found}
-
-
-@functools.lru_cache(maxsize=16)
-def _hopper_constants(layout: PageLayout) -> dict[str, Any]:
-    """The same for kernel_hopper_pages.py."""
-    found = _expand_constants(layout)
-    if layout.fmt.kind == "affine":
-        meta = (*found["K_META"], *found["V_META"], found["RANGES"])
-        return {"KIND": "affine", "K_PLANES": found["K_PLANES"], "V_PLANES": found["V_PLANES"], "META": meta}
-    if layout.fmt.kind == "int8":
-        codes = {name: ((8, 0, found[name][0]),) for name in ("K_PLANES", "V_PLANES")}
-        return {"KIND": "int8", **codes, "META": (found["K_PLANES"][1], found["V_PLANES"][1])}
-    return {"KIND": "expanded", "K_PLANES": (), "V_PLANES": (), "META": ()}
 
 
 def _check(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work) -> None:

@@ -26,9 +26,10 @@ import numpy as np
 
 ITEM_WORDS = 8
 SMALL_ROWS = 16  # most (request, query head) pairs of a small tile
+CODED_ROWS = 8  # of one over affine or int8 pages, if that holds the query heads of a kv head
 LARGE_ROWS = 128
 # A group of more such tiles is read in large ones: every small tile reads and unpacks the pages again. By the pairs of a tile.
-MAX_SMALL_TILES = {8: 4, SMALL_ROWS: 3}
+MAX_SMALL_TILES = {CODED_ROWS: 4, SMALL_ROWS: 3}
 MIN_SMALL_PAGES, MIN_LARGE_PAGES = 4, 4  # pages that are worth an item of their own: its rows are read and its part written
 NO_SINK = -1
 

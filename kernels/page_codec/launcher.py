@@ -138,7 +138,8 @@ def unpack_pages(
         unpack_simple[(layers * pages * 2 * heads,)](records, *where, *sizes, **simple_constants(layout), **_OTHERS)
 
 
-# Where the fields of a record are, as constants of a kernel; grouped_attention/launcher.py takes its own from here. Cached: the dicts are asked for on every call.
+# Where the fields of a record are, as constants of a kernel; grouped_attention/record_constants.py makes its own of them.
+# Cached: the dicts are asked for on every call.
 
 
 @functools.lru_cache(maxsize=64)

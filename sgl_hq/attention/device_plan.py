@@ -24,8 +24,8 @@ _STAGES = 3  # uploads that may be in flight: an earlier graph replay may not ha
 
 
 class DevicePlan:
-    """work: what the layers give to the kernels. graph: decode graphs hold its launches. tokens_read, tokens_attended: packed tokens of the last
-    `set`, once per group and once per request."""
+    """work: what the layers give to the kernels. graph: decode graphs hold its launches. tokens_read, tokens_attended: packed tokens
+    of the last `set`, once per group and once per request."""
 
     def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
         """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good.

@@ -72,7 +72,7 @@ def test_small_padding(small_compiled, fmt, group):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_lossless_escapes(compiled, dim):
+def test_lossless_escapes(dim):
     checks.check_escapes(dim, device="cuda", kv_heads=1)
 
 

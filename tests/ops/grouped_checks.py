@@ -292,13 +292,6 @@ def check_padding(name: str, dim: int, *, device: str = "cpu", **shape) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def check_repeatable(name: str, dim: int, *, device: str = "cpu", **shape) -> None:
-    case = Case(name, dim, MIXED_BATCH, MIXED_ROWS, device=device, **shape)
-    work = case.work()
-    first, again = case.run(work), case.run(work)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
 def check_mutations(name: str, *, device: str = "cpu") -> None:
     """What the tolerances must not forgive."""
     reads: list[Read] = [([0, 1], 2, True), ([2], 1, False)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sgl_hq.kernels.grouped_attention.launcher import plan_pages
 from sgl_hq.kernels.grouped_attention.work import (
-    LARGE_ROWS, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, SMALL_ROWS, Grid, RowGroup, lay_out,
+    LARGE_ROWS, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, Grid, RowGroup, lay_out,
 )  # fmt: skip
 from sgl_hq.page_format import get_format
 from work_lists import Lists

@@ -85,7 +85,7 @@ def _unpack(
 ):  # fmt: skip
     """Packed pages. One side is written while the other side's words are on their way."""
     ring, full, free = shared
-    record = records + gl.load(pages).to(gl.int64) * record_page
+    record = gl.multiple_of(records + gl.load(pages).to(gl.int64) * record_page, 16)
     following = gl.load(pages + gl.minimum(1, count - 1))
     k = _words(record, D, K_PLANES)
     k_meta = _meta(record, 0, D, KIND, K_PLANES, META)
@@ -96,7 +96,7 @@ def _unpack(
         mbarrier.wait(free.index(slot), phase)
         _write(ring.index(slot), k, k_meta, 0, D, KIND, K_PLANES)
         _fill(full, slot)
-        record = records + following.to(gl.int64) * record_page
+        record = gl.multiple_of(records + following.to(gl.int64) * record_page, 16)
         following = gl.load(pages + gl.minimum(i + 2, count - 1))
         k = _words(record, D, K_PLANES)
         k_meta = _meta(record, 0, D, KIND, K_PLANES, META)

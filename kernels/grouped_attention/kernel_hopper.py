@@ -22,7 +22,7 @@ from .kernel_hopper_pages import FEED_THREADS, feed
 def attend_hopper(
     q, records, scratch, work, part_o, part_lse, record_page, record_head, scratch_page, scratch_head, scale,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, FIRST: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, K_PLANES: gl.constexpr, V_PLANES: gl.constexpr, META: gl.constexpr,
+    KIND: gl.constexpr, K_PLANES: gl.constexpr, V_PLANES: gl.constexpr, META: gl.constexpr, RECORD_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Grid: PROGRAMS * kv heads, 4 warps. records: bytes of one layer, strides in bytes; scratch `[pages, heads, 2, 64, D] bfloat16`:
     expanded pages, strides in values. An item says which of the two its pages are in (work.py). STAGES: pages in the ring.
@@ -48,7 +48,7 @@ def attend_hopper(
         [
             (_attend, (rows, q_low, shared, turn, program, head, scale, 0, Q_HEADS, GROUP, D, FIRST, STAGES)),
             (_attend, (rows, q_high, shared, turn, program, head, scale, 1, Q_HEADS, GROUP, D, FIRST, STAGES)),
-            (feed, (records, scratch, work, shared, program, record_page, scratch_page, D, FIRST, STAGES, KIND, K_PLANES, V_PLANES, META)),
+            (feed, (records, scratch, work, shared, program, record_page, scratch_page, D, FIRST, STAGES, KIND, K_PLANES, V_PLANES, META, RECORD_BYTES)),
         ],
         [4, 4],
         [208, 88],  # registers a thread: all 65,536 of an SM; what feeds needs few

@@ -39,12 +39,12 @@ cvt.rn.bf16x2.f32 $0, f1, f0; cvt.rn.bf16x2.f32 $1, f3, f2;
 @gluon.jit
 def feed(
     records, scratch, work, shared, program, record_page, scratch_page, D: gl.constexpr, FIRST: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, K_PLANES: gl.constexpr, V_PLANES: gl.constexpr, META: gl.constexpr,
+    KIND: gl.constexpr, K_PLANES: gl.constexpr, V_PLANES: gl.constexpr, META: gl.constexpr, RECORD_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Bring the pages of every item of a program into the ring, K and V of each, in order.
 
     KIND: "expanded" (all pages are in `scratch`), "affine" or "int8". PLANES: (bits, lowest bit, byte offset), widest first. META: byte
-    offsets of K's scales and minima, of V's, and of the ranges; for int8 of the scales.
+    offsets of K's scales and minima, of V's, and of the ranges; for int8 of the scales. RECORD_BYTES: of a packed page and head.
     """
     n = 0
     for at in range(gl.load(work + FIRST + program), gl.load(work + FIRST + program + 1), 8):
@@ -55,13 +55,13 @@ def feed(
         elif gl.load(item + 6) == 1:
             _copy(scratch, scratch_page, pages, count, shared, n, D, STAGES)
         else:
-            _unpack(records, record_page, pages, count, shared, n, D, STAGES, KIND, K_PLANES, V_PLANES, META)
+            _unpack(records, record_page, pages, count, shared, n, D, STAGES, KIND, K_PLANES, V_PLANES, META, RECORD_BYTES)
         n += count
 
 
 @gluon.jit
 def _copy(scratch, scratch_page, pages, count, shared, n, D: gl.constexpr, STAGES: gl.constexpr):
-    """Pages in bfloat16. As many are under way as the ring holds."""
+    """Pages in bfloat16. As many are under way to shared memory as the ring holds."""
     ring, full, free = shared
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     token, channel = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, D, gl.SliceLayout(0, layout))
@@ -71,6 +71,8 @@ def _copy(scratch, scratch_page, pages, count, shared, n, D: gl.constexpr, STAGE
         slot, phase = n % STAGES, n // STAGES & 1 ^ 1
         source = gl.multiple_of(scratch + following.to(gl.int64) * scratch_page, 16)
         following = gl.load(pages + gl.minimum(i + 1, count - 1))
+        ahead = scratch + gl.load(pages + gl.minimum(i + STAGES + 1, count - 1)).to(gl.int64) * scratch_page
+        _prefetch(ahead.to(gl.pointer_type(gl.int8)), 256 * D)
         for side in gl.static_range(2):
             mbarrier.wait(free.index(slot + side * STAGES), phase)
             async_copy.async_copy_global_to_shared(ring.index(slot + side * STAGES), source + side * 64 * D + where)
@@ -81,29 +83,42 @@ def _copy(scratch, scratch_page, pages, count, shared, n, D: gl.constexpr, STAGE
 @gluon.jit
 def _unpack(
     records, record_page, pages, count, shared, n, D: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, K_PLANES: gl.constexpr,
-    V_PLANES: gl.constexpr, META: gl.constexpr,
+    V_PLANES: gl.constexpr, META: gl.constexpr, RECORD_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Packed pages. One side is written while the other side's words are on their way."""
     ring, full, free = shared
     record = gl.multiple_of(records + gl.load(pages).to(gl.int64) * record_page, 16)
-    following = gl.load(pages + gl.minimum(1, count - 1))
     k = _words(record, D, K_PLANES)
     k_meta = _meta(record, 0, D, KIND, K_PLANES, META)
+    following, after = gl.load(pages + gl.minimum(1, count - 1)), gl.load(pages + gl.minimum(2, count - 1))
+    _prefetch(records + following.to(gl.int64) * record_page, RECORD_BYTES)
     for i in range(count):
         slot, phase = n % STAGES, n // STAGES & 1 ^ 1
+        _prefetch(records + after.to(gl.int64) * record_page, RECORD_BYTES)
         v = _words(record, D, V_PLANES)
         v_meta = _meta(record, 1, D, KIND, V_PLANES, META)
         mbarrier.wait(free.index(slot), phase)
         _write(ring.index(slot), k, k_meta, 0, D, KIND, K_PLANES)
         _fill(full, slot)
         record = gl.multiple_of(records + following.to(gl.int64) * record_page, 16)
-        following = gl.load(pages + gl.minimum(i + 2, count - 1))
+        following, after = after, gl.load(pages + gl.minimum(i + 3, count - 1))
         k = _words(record, D, K_PLANES)
         k_meta = _meta(record, 0, D, KIND, K_PLANES, META)
         mbarrier.wait(free.index(slot + STAGES), phase)
         _write(ring.index(slot + STAGES), v, v_meta, 1, D, KIND, V_PLANES)
         _fill(full, slot + STAGES)
         n += 1
+
+
+@gluon.jit
+def _prefetch(record, RECORD_BYTES: gl.constexpr):
+    """Bring a page into the L2 cache, a line a thread: registers and the ring hold too little for the latency of DRAM."""
+    line = gl.arange(0, FEED_THREADS, gl.BlockedLayout([1], [32], [4], [0]))
+    for first in gl.static_range(0, RECORD_BYTES, 128 * FEED_THREADS):
+        at = gl.minimum(first + 128 * line, RECORD_BYTES - 1)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(record + at).to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit

@@ -44,10 +44,10 @@ def expand_constants(layout: PageLayout) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def hopper_constants(layout: PageLayout) -> dict[str, Any]:
     """The same for kernel_hopper_pages.py."""
-    kind = layout.fmt.kind
+    kind, size = layout.fmt.kind, {"RECORD_BYTES": layout.record_bytes}
     if kind not in CODED_KINDS:
-        return {"KIND": "expanded", "K_PLANES": (), "V_PLANES": (), "META": ()}
+        return size | {"KIND": "expanded", "K_PLANES": (), "V_PLANES": (), "META": ()}
     planes = {name: expand_constants(layout)[name] for name in ("K_PLANES", "V_PLANES")}
     if kind == "int8":  # bytes are a plane of 8 bits
         planes = {name: ((8, 0, codes),) for name, (codes, _) in planes.items()}
-    return {"KIND": kind, "META": small_constants(layout)["META"]} | planes
+    return size | {"KIND": kind, "META": small_constants(layout)["META"]} | planes

@@ -142,6 +142,15 @@ def page_at(pages, index, PTX: tl.constexpr):
 
 
 @triton.jit
+def long_at(entries, index, PTX: tl.constexpr):
+    """entries[index], int64; like page_at, not part of Triton's pipeline."""
+    if PTX:
+        address = (entries + index).to(tl.int64)
+        return tl.inline_asm_elementwise("ld.global.nc.b64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=True, pack=1)
+    return tl.load(entries + index)
+
+
+@triton.jit
 def byte_at(address, PTX: tl.constexpr):
     """Bytes at pointers, int32. Not tl.load: the width of an operand's tensor-core layout follows from the narrowest load
     that it was computed from."""
@@ -164,11 +173,11 @@ def word_at(address, PTX: tl.constexpr):
 
 @triton.jit
 def as_operand(x, PTX: tl.constexpr):
-    """`[16 m, 8 n] float16` of a tensor-core result as the right operand of the next product. The two layouts are each other's
-    transpose in every 8 x 8 block, which is one instruction; Triton would go through shared memory and two barriers."""
+    """`[16 m, 8 n]` of a tensor-core result, float16 or bfloat16, as the right operand of the next product. The two layouts are each
+    other's transpose in every 8 x 8 block, which is one instruction; Triton would go through shared memory and two barriers."""
     if PTX:
         x = tl.inline_asm_elementwise(
-            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
         )
         blocks = tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1] // 8, 8))
         x = tl.reshape(tl.permute(blocks, (0, 3, 2, 1)), x.shape)

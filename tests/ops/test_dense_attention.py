@@ -1,0 +1,42 @@
+"""The dense decode kernel under Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import pytest
+from interpreted import checks_of
+
+RAGGED = [0, 1, 63, 64, 65, 400]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with checks_of("dense_checks") as call:
+        yield call
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads, group", [(2, 1), (1, 7), (1, 8), (1, 16)])
+def test_ragged_rows(interpreted, dim, kv_heads, group):
+    interpreted("check_lengths", RAGGED, dim, kv_heads=kv_heads, group=group)
+
+
+@pytest.mark.parametrize("length", RAGGED[1:])
+def test_one_row(interpreted, length):
+    interpreted("check_lengths", [length], 64)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 40])
+def test_padding_of_a_graph(interpreted, programs):
+    interpreted("check_lengths", [100, 0, 0, 300, 64, 0], 64, programs=programs, lanes=9, max_rows=16)
+
+
+def test_many_rows(interpreted):
+    interpreted("check_lengths", [(7 * row) % 150 for row in range(300)], 64, kv_heads=1, group=2)
+
+
+def test_tolerances_do_not_forgive_wrong_tokens(interpreted):
+    interpreted("check_mutations", 64)
+
+
+def test_plans(interpreted):
+    interpreted("check_plans")

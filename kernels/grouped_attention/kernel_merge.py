@@ -1,4 +1,5 @@
-"""Device code: the one merge at the end. A row's parts over packed pages, its sinks and its dense state become its output.
+"""Device code: the one merge at the end. A row's parts over packed pages, its sinks and its dense rest become its output. The dense
+rest is a state, from another library, or the row's parts over dense pages (kernel_dense.py).
 
 Parts of affine pages are still rotated: their sum is rotated here, once a row. Sinks, the first tokens of the sequence in
 bfloat16, are attended to here. Everything is float32; log-sum-exps are base 2 inside, and `BASE_2` says what the dense state has.
@@ -19,14 +20,15 @@ _AT_ONCE = tl.constexpr(4)  # parts, and sink tokens, whose loads are under way 
 
 @triton.jit(do_not_specialize=["scale", "row_words", "sink_words", "sink_slot", "sink_head", "lse_row", "lse_head"])
 def merge_states(
-    q, work, part_o, part_lse, sinks, dense_o, dense_lse, out, out_lse,
+    q, work, part_o, part_lse, sinks, dense_o, dense_lse, dense_rows, out, out_lse,
     scale, row_words, sink_words, sink_slot, sink_head, lse_row, lse_head,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SINK_TOKENS: tl.constexpr,
-    HAS_DENSE: tl.constexpr, BASE_2: tl.constexpr, WRITE_LSE: tl.constexpr,
+    DENSE: tl.constexpr, BASE_2: tl.constexpr, WRITE_LSE: tl.constexpr,
 ):  # fmt: skip
     """One program a query row and kv head. scale: softmax scale times log2(e). row_words, sink_words: header offsets
-    (work.py). BLOCK: size of the rotation, 0 = parts are not rotated. sinks: slots of one layer, bytes; dense_o
-    `[rows, Q_HEADS, D]`, dense_lse by strides. out `[rows, Q_HEADS, D]`, out_lse `[rows, Q_HEADS]`, base 2."""
+    (work.py). BLOCK: size of the rotation, 0 = parts are not rotated. sinks: slots of one layer, bytes. DENSE "state": dense_o
+    `[rows, Q_HEADS, D]`, dense_lse by strides; "parts": as part_o and part_lse, and dense_rows `[rows, 2] int32`: a row's first
+    part and the one after its last. out `[rows, Q_HEADS, D]`, out_lse `[rows, Q_HEADS]`, base 2."""
     HEADS: tl.constexpr = next_power_of_2(GROUP)
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     local, channel = tl.arange(0, HEADS), tl.arange(0, D)
@@ -43,7 +45,12 @@ def merge_states(
         tokens = ()
         for token in tl.static_range(min(SINK_TOKENS, _AT_ONCE)):
             tokens = tokens + _sink_token(sink, token, slot >= 0, mask, channel, D, SINK_TOKENS)
-    if HAS_DENSE:
+    if DENSE == "parts":
+        # Two parts early: most rows have no more, and more would take registers from a fourth program an SM.
+        dense_first, dense_last = tl.load(dense_rows + 2 * row), tl.load(dense_rows + 2 * row + 1)
+        d0, n0 = _part(dense_first, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+        d1, n1 = _part(dense_first + 1, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+    if DENSE == "state":
         lse = tl.load(dense_lse + row * lse_row + head * lse_head, mask=inside, other=_EMPTY)
         dense = tl.load(dense_o + row * Q_HEADS * D + where, mask=mask, other=0.0)
 
@@ -51,16 +58,11 @@ def merge_states(
     total = tl.zeros((HEADS,), tl.float32)
     o = tl.zeros((HEADS, D), tl.float32)
     for index in range(first, last, _AT_ONCE):
-        m0, o0 = _part(work, index, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
-        m1, o1 = _part(work, index + 1, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
-        m2, o2 = _part(work, index + 2, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
-        m3, o3 = _part(work, index + 3, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
-        m_new = tl.maximum(m, tl.maximum(tl.maximum(m0, m1), tl.maximum(m2, m3)))
-        keep = tl.exp2(m - m_new)
-        w0, w1, w2, w3 = tl.exp2(m0 - m_new), tl.exp2(m1 - m_new), tl.exp2(m2 - m_new), tl.exp2(m3 - m_new)
-        o = o * keep[:, None] + (o0 * w0[:, None] + o1 * w1[:, None]) + (o2 * w2[:, None] + o3 * w3[:, None])
-        total = total * keep + (w0 + w1) + (w2 + w3)
-        m = m_new
+        m0, o0 = _listed_part(work, index, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
+        m1, o1 = _listed_part(work, index + 1, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
+        m2, o2 = _listed_part(work, index + 2, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
+        m3, o3 = _listed_part(work, index + 3, last, part_o, part_lse, head, where, inside, Q_HEADS, D)
+        m, total, o = _joined(m, total, o, m0, o0, m1, o1, m2, o2, m3, o3)
     if BLOCK > 0:
         o = _rotate(o, HEADS, D, BLOCK)
 
@@ -78,7 +80,20 @@ def merge_states(
                 total = total * keep + weight
                 m = m_new
 
-    if HAS_DENSE:
+    if DENSE == "parts":
+        if dense_first < dense_last:
+            m_new = tl.maximum(m, tl.maximum(d0, d1))
+            keep, w0, w1 = tl.exp2(m - m_new), tl.exp2(d0 - m_new), tl.exp2(d1 - m_new)
+            o = o * keep[:, None] + (n0 * w0[:, None] + n1 * w1[:, None])
+            m, total = m_new, total * keep + (w0 + w1)
+        for joined in range(2, dense_last - dense_first, _AT_ONCE):
+            part = dense_first + joined
+            m0, o0 = _part(part, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+            m1, o1 = _part(part + 1, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+            m2, o2 = _part(part + 2, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+            m3, o3 = _part(part + 3, dense_last, dense_o, dense_lse, head, where, inside, Q_HEADS, D)
+            m, total, o = _joined(m, total, o, m0, o0, m1, o1, m2, o2, m3, o3)
+    if DENSE == "state":
         if not BASE_2:
             lse *= 1.4426950408889634
         lse = tl.maximum(lse, _EMPTY)  # -inf: no dense token
@@ -96,13 +111,28 @@ def merge_states(
 
 
 @triton.jit
-def _part(work, index, last, part_o, part_lse, head, where, inside, Q_HEADS: tl.constexpr, D: tl.constexpr):
-    """(log-sum-exp, o) of entry `index` of a row's parts; weightless from `last` on."""
-    listed = index < last
-    part = tl.load(work + index, mask=listed, other=0).to(tl.int64)
-    lse = tl.load(part_lse + part * Q_HEADS + head, mask=inside & listed, other=_EMPTY)
-    o = tl.load(part_o + part * Q_HEADS * D + where, mask=inside[:, None] & listed, other=0.0)
-    return lse, o
+def _listed_part(work, index, last, part_o, part_lse, head, where, inside, Q_HEADS: tl.constexpr, D: tl.constexpr):
+    """`_part` of entry `index` of a row's list; weightless from `last` on."""
+    part = tl.load(work + index, mask=index < last, other=0)
+    return _part(part, tl.where(index < last, part + 1, 0), part_o, part_lse, head, where, inside, Q_HEADS, D)
+
+
+@triton.jit
+def _part(part, last, part_o, part_lse, head, where, inside, Q_HEADS: tl.constexpr, D: tl.constexpr):
+    """(log-sum-exp, o) of a part; weightless from `last` on."""
+    there, row = part < last, part.to(tl.int64) * Q_HEADS
+    lse = tl.load(part_lse + row + head, mask=inside & there, other=_EMPTY)
+    return lse, tl.load(part_o + row * D + where, mask=inside[:, None] & there, other=0.0)
+
+
+@triton.jit
+def _joined(m, total, o, m0, o0, m1, o1, m2, o2, m3, o3):
+    """(maximum, sum, o) so far and four parts, of which one at least has weight."""
+    m_new = tl.maximum(m, tl.maximum(tl.maximum(m0, m1), tl.maximum(m2, m3)))
+    keep = tl.exp2(m - m_new)
+    w0, w1, w2, w3 = tl.exp2(m0 - m_new), tl.exp2(m1 - m_new), tl.exp2(m2 - m_new), tl.exp2(m3 - m_new)
+    o = o * keep[:, None] + (o0 * w0[:, None] + o1 * w1[:, None]) + (o2 * w2[:, None] + o3 * w3[:, None])
+    return m_new, total * keep + (w0 + w1) + (w2 + w3), o
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
     work = plan_pages(qo_indptr, kv_indptr, kv_indices, kv_last_page_len, q_heads=28, kv_heads=4, ...)
     grouped_attention(q, records, layout, work, scale)
-    merge(q, work, layout, scale, out=out)                  # with a dense state: its (o, lse) joins in the same kernel
+    merge(q, work, layout, scale, out=out)                  # a dense state, or parts over dense pages, join in the same kernel
 
-Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it;
+Dense pages: launcher_dense.py. Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it;
 where `Work.tiles` says that a kernel has nothing to do, it is not launched.
 """
 
@@ -19,10 +19,10 @@ import torch
 from sgl_hq.kernels.page_codec.hadamard import block_size
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
+from .launcher_dense import LOG2_E, DenseWork
 from .record_constants import CODED_KINDS, expand_constants, hopper_constants, small_constants
 from .work import CODED_ROWS, LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, Tiles, lay_out
 
-LOG2_E = 1.4426950408889634
 KINDS = ("bf16", "lossless", "int8", "affine")
 HEAD_DIMS = (64, 128)
 # Two pages are under way: one is read while the next one comes. Programs an SM runs at a time follow from that, and from
@@ -206,10 +206,10 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
 
 def merge(
     q: torch.Tensor, work: Work, layout: PageLayout, scale: float, *, sinks: torch.Tensor | None = None,
-    dense_o: torch.Tensor | None = None, dense_lse: torch.Tensor | None = None, base2: bool = True,
+    dense_o: torch.Tensor | None = None, dense_lse: torch.Tensor | None = None, base2: bool = True, dense: DenseWork | None = None,
     out: torch.Tensor | None = None, out_lse: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Join the parts of every row with its sinks and, if given, its dense state.
+    """Join the parts of every row with its sinks and, if given, its dense rest: a state, or what `dense_attention` left in `dense`.
 
     sinks: `[slots, kv_heads, sink_bytes] uint8` of one layer, needed if the format keeps sinks. dense_o: `[rows, q_heads, head_dim]`
     contiguous; dense_lse: `[rows, q_heads] float32` of any strides, -inf = no dense token; base2: it is base 2
@@ -219,8 +219,11 @@ def merge(
     from .kernel_merge import merge_states
 
     fmt, rows = layout.fmt, q.shape[0]
-    if rows > work.max_rows:
-        raise ValueError(f"q has {rows} rows, the plan was made for {work.max_rows}")
+    most_rows = work.max_rows if dense is None else min(work.max_rows, dense.max_rows)
+    if rows > most_rows:
+        raise ValueError(f"q has {rows} rows, the plan was made for {most_rows}")
+    if dense is not None and dense_o is not None:
+        raise ValueError("the dense rest is a state or parts over dense pages, not both")
     if fmt.sink_tokens and sinks is None:
         raise ValueError(f"format {fmt.name} keeps sinks: give their slots")
     if fmt.sink_tokens and any(n % 16 for n in (sinks.data_ptr(), *sinks.stride()[:2])):
@@ -232,13 +235,17 @@ def merge(
         return out
     at = work.grid.sections(work.max_rows)
     slot_strides = sinks.stride()[:2] if fmt.sink_tokens else (0, 0)
-    lse_strides = (0, 0) if dense_lse is None else dense_lse.stride()
+    rest, dense_rows, lse_strides = "none", q, (0, 0)
+    if dense is not None:
+        rest, dense_o, dense_lse, dense_rows = "parts", dense.part_o, dense.part_lse, dense.row_parts
+    elif dense_o is not None:
+        rest, lse_strides = "state", dense_lse.stride()
     merge_states[(rows, work.kv_heads)](
         q, work.words, work.part_o, work.part_lse, sinks if fmt.sink_tokens else q, q if dense_o is None else dense_o,
-        q if dense_lse is None else dense_lse, out, q if out_lse is None else out_lse, scale * LOG2_E, at.rows, at.sinks,
+        q if dense_lse is None else dense_lse, dense_rows, out, q if out_lse is None else out_lse, scale * LOG2_E, at.rows, at.sinks,
         *slot_strides, *lse_strides, Q_HEADS=q.shape[1], GROUP=work.grid.group, D=layout.v_head_dim,
         BLOCK=block_size(layout.v_head_dim) if fmt.kind == "affine" else 0, SINK_TOKENS=fmt.sink_tokens,
-        HAS_DENSE=dense_o is not None, BASE_2=base2, WRITE_LSE=out_lse is not None, num_warps=4,
+        DENSE=rest, BASE_2=base2, WRITE_LSE=out_lse is not None, num_warps=4,
     )  # fmt: skip
     return out
 

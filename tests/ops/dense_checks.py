@@ -10,9 +10,10 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from grouped_checks import differs
+from grouped_checks import Case, differs
 from grouped_tolerances import BF16, SUM, Tokens, merged_error
 
+from sgl_hq.kernels.grouped_attention.launcher import grouped_attention, merge
 from sgl_hq.kernels.grouped_attention.launcher_dense import DenseWork, dense_attention, list_pages, make_dense_work, pages_of
 from sgl_hq.page_format import PAGE_TOKENS
 
@@ -114,6 +115,38 @@ def check_lengths(lengths: list[int], dim: int, *, programs: int | None = None, 
     problem = differs(tuple(x[:real] for x in joined(work, case.lanes)), (o, lse, tolerance))
     assert problem is None, problem
     assert (work.row_parts[real : case.lanes, 0] == work.row_parts[real : case.lanes, 1]).all(), "padding has parts"
+
+
+def merged(case: Case, dense: DensePages, work: DenseWork, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o of `dtype`, log-sum-exp base 2) of the packed parts of `case`, whose q is attended, and the dense ones."""
+    packed = case.work()
+    grouped_attention(case.q, case.records, case.layout, packed, case.scale)
+    dense_attention(case.q, dense.k, dense.v, work, case.scale)
+    out = torch.full(case.q.shape, torch.nan, dtype=dtype, device=case.device)
+    lse = torch.full(case.q.shape[:2], torch.nan, device=case.device)
+    merge(case.q, packed, case.layout, case.scale, sinks=case.sink_slots, dense=work, out=out, out_lse=lse)
+    return out, lse
+
+
+def check_merge(
+    name: str, reads: list, lengths: list[int], dim: int = 64, *, lanes: int | None = None, programs: int | None = None, **shape
+) -> None:  # fmt: skip
+    """Rows with packed pages, dense pages, both or none; programs: more make more parts of a row."""
+    real, lanes = len(lengths), len(lengths) if lanes is None else lanes
+    dense = DensePages(lengths, dim, lanes=lanes, **shape)
+    case = Case(name, dim, reads, lanes, **shape)
+    rows_of = [group.rows for group in case.groups]
+    assert max((row for rows in rows_of for row in rows), default=0) < real
+    case.q[real:] = torch.nan
+    work = dense.work(programs)
+    case.q, every = case.q[:real], case.q
+    o, lse, tolerance = merged_error(case.q, [*case.reads(), *dense.reads()], None, case.scale, case.kv_heads)
+    case.q = every
+    for dtype in (torch.float32, torch.bfloat16):
+        got = merged(case, dense, work, dtype)
+        problem = differs(tuple(x[:real] for x in got), (o, lse, tolerance))
+        assert problem is None, f"{name}: {problem}"
+        assert not got[0][real:].any() and (got[1][real:] == -torch.inf).all(), "padding is not empty"
 
 
 def check_mutations(dim: int, **shape) -> None:

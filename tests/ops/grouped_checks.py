@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from grouped_tolerances import Reader, Tolerance, merged_error, read_error
+from grouped_tolerances import Reader, Tokens, Tolerance, merged_error, read_error
 
 from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, Work, grouped_attention, make_grid, make_work, merge
 from sgl_hq.kernels.grouped_attention.work import NO_SINK, RowGroup, tiles_of
@@ -120,6 +120,13 @@ class Case:
     def expected(self, dense: Dense | None = None, rounded_pages: bool = True) -> tuple[torch.Tensor, torch.Tensor, Tolerance]:
         """(o, natural log-sum-exp, tolerance), float64. rounded_pages: pages read by large tiles are what the kernel
         documents, rounded to bfloat16 (V in its rotated space); else as unpacked, and the rounding is tolerated."""
+        state = None
+        if dense is not None:
+            state = dense.o.double(), dense.lse.double() * (torch.log(torch.tensor(2.0)).item() if dense.base2 else 1.0)
+        return merged_error(self.q, self.reads(rounded_pages), state, self.scale, self.kv_heads)
+
+    def reads(self, rounded_pages: bool = True) -> list[tuple[list[int], Tokens]]:
+        """What each group reads, for `merged_error`."""
         reads = []
         assert sum(len(g.pages) for g in self.groups if self.reader(g) is Reader.LARGE) <= SCRATCH_PAGES
         for group in self.groups:
@@ -128,10 +135,7 @@ class Case:
             records = self.records[torch.as_tensor(group.pages, device=self.device).long()]
             sink = None if group.sink == NO_SINK else self.sinks[group.sink]
             reads.append((group.rows, read_error(self.codec, records, sink, self.reader(group), rounded_pages)))
-        state = None
-        if dense is not None:
-            state = dense.o.double(), dense.lse.double() * (torch.log(torch.tensor(2.0)).item() if dense.base2 else 1.0)
-        return merged_error(self.q, reads, state, self.scale, self.kv_heads)
+        return reads
 
 
 class EscapeCase(Case):

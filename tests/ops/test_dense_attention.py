@@ -40,3 +40,22 @@ def test_tolerances_do_not_forgive_wrong_tokens(interpreted):
 
 def test_plans(interpreted):
     interpreted("check_plans")
+
+
+READS = [(range(1, 4), 2, True), ([1, 3], 1, False), ([5], 1, True), ([6], 3, False)]
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "hq4", "lossless", "sink3-K7V2"])
+@pytest.mark.parametrize("programs", [2, 24])
+def test_merge(interpreted, fmt, programs):
+    interpreted("check_merge", fmt, READS, [65, 130, 0, 400, 0, 1, 900, 0], lanes=10, programs=programs)
+
+
+def test_merge_of_large_tiles_and_dense_pages(interpreted):
+    reads = [(range(0, 40), 3, True), (range(8, 20), 1, False)]
+    interpreted("check_merge", "hq4", reads, [(31 * row) % 200 for row in range(45)], kv_heads=1, group=7)
+
+
+@pytest.mark.parametrize("group", [1, 7, 16])
+def test_merge_without_packed_pages(interpreted, group):
+    interpreted("check_merge", "hq4", [([0], 0, False)], RAGGED, 128, kv_heads=1, group=group)

@@ -25,8 +25,9 @@ def _workspace_bytes(layouts, shape, sizes, device) -> int:
     args = get_server_args()
     decode = args.cuda_graph_config.decode
     graph_rows = 0 if decode.backend == "disabled" else decode.max_bs
-    q_heads = args.get_model_config().num_attention_heads // get_parallel().attn_tp_size
-    return plan_bytes(layouts[0], shape, sizes, device, q_heads, graph_rows, eager_rows(args))
+    model = args.get_model_config()
+    q_heads = model.num_attention_heads // get_parallel().attn_tp_size
+    return plan_bytes(layouts[0], shape, sizes, device, q_heads, graph_rows, eager_rows(args), model.context_len)
 
 
 def two_tier_oot_pool(original, self, *, max_total_num_tokens):

@@ -4,8 +4,8 @@
     grouped_attention(q, records, layout, work, scale)
     merge(q, work, layout, scale, out=out)                  # a dense state, or parts over dense pages, join in the same kernel
 
-Dense pages: launcher_dense.py. Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA graphs can hold it;
-where `Work.tiles` says that a kernel has nothing to do, it is not launched.
+Dense pages: launcher_dense.py. Work lists: work.py. Nothing here waits for the GPU, and a launch depends on shapes only, so CUDA
+graphs can hold it; where `Work.tiles` says that a kernel has nothing to do, it is not launched.
 """
 
 from __future__ import annotations

@@ -46,6 +46,10 @@ class DenseWork:
         return len(self.row_parts)
 
     @property
+    def max_pages(self) -> int:
+        return len(self.pages) - _AHEAD
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.bounds, self.row_parts, self.pages, self.part_o, self.part_lse))
 
@@ -74,13 +78,15 @@ def list_pages(
     """Row r attends tokens starts[r] to lengths[r] - 1 of request requests[r], for r below `rows`; the others are padding of a graph.
 
     req_to_token: `[requests, row_tokens] int32`, contiguous: slots of dense tokens, in whole pages. requests, lengths: `[lanes] int32 or
-    int64`, lanes >= rows; starts: `[lanes]`, multiples of 64. Raises ValueError for more lanes than `work` has rows.
+    int64`, lanes >= rows; starts: `[lanes]`, multiples of 64. Raises ValueError where `work` has not room for so many lanes, each of
+    row_tokens tokens.
     """
     from .kernel_dense import plan_dense
 
     lanes = len(lengths)
-    if not rows <= lanes <= work.max_rows:
-        raise ValueError(f"{rows} rows in {lanes} lanes; the buffers are for {work.max_rows}")
+    if not rows <= lanes <= work.max_rows or lanes * pages_of(req_to_token.shape[1]) > work.max_pages:
+        asked = f"{rows} rows in {lanes} lanes of {req_to_token.shape[1]} tokens"
+        raise ValueError(f"{asked}; the buffers are for {work.max_rows} lanes and {work.max_pages} pages")
     if req_to_token.dtype != torch.int32 or not req_to_token.is_contiguous():
         raise ValueError(f"req_to_token is {req_to_token.dtype}; expected contiguous int32")
     plan_dense[(max(1, lanes),)](

@@ -19,13 +19,9 @@ class FA3Dense(AttentionBackend):
     lse_base2 = False
 
     @contextmanager
-    def dense_tables(self, view, eager: bool):
+    def dense_tables(self, view):
         column = as_one_column(self.req_to_token)
-        if not eager:  # a kernel fills the page table, by strides
-            with swapped(self, "req_to_token", column):
-                yield
-            return
-        # Eagerly, stock takes whole rows by index and cuts them to the longest sequence: give it such rows.
+        # Stock takes whole rows by index and cuts them to the longest sequence: give it such rows.
         offsets = torch.arange(int(view.seq_lens_cpu.max()), device=column.device)
         entries = (view.req_pool_indices[:, None] + offsets).clamp_(max=len(column) - 1)  # the excess is not read
         rows = column[entries, 0]
@@ -33,20 +29,13 @@ class FA3Dense(AttentionBackend):
         with swapped(self, "req_to_token_pool", SimpleNamespace(req_to_token=rows)):
             yield
 
-    def dense_decode(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """o [rows, q_heads, v_head_dim] bf16, lse [rows, q_heads] float32, not contiguous."""
-        if save_kv_cache:
-            self._write_kv(k, v, layer, forward_batch)
-        return self._attend(q, layer, scheduler_metadata=self.forward_metadata.scheduler_metadata)
-
     def dense_extend(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `dense_decode`: the dense prefix and, causally, the new tokens."""
-        if save_kv_cache:
-            self._write_kv(k, v, layer, forward_batch)
-        return self._attend(q, layer, cu_seqlens_k_new=self.forward_metadata.cu_seqlens_k)
-
-    def _attend(self, q, layer, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense prefix and, causally, the new tokens: o [rows, q_heads, v_head_dim] bf16, lse [rows, q_heads] float32, not
+        contiguous."""
         metadata = self.forward_metadata
+        if save_kv_cache:
+            slots = KVWriteLoc(forward_batch.out_cache_loc, metadata.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v, layer.k_scale, layer.v_scale)
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         o, lse, *_ = flash_attn_with_kvcache(
             q=q,
@@ -55,6 +44,7 @@ class FA3Dense(AttentionBackend):
             page_table=metadata.page_table,
             cache_seqlens=metadata.cache_seqlens_int32,
             cu_seqlens_q=metadata.cu_seqlens_q,
+            cu_seqlens_k_new=metadata.cu_seqlens_k,
             max_seqlen_q=metadata.max_seq_len_q,
             softmax_scale=layer.scaling,
             causal=True,
@@ -62,10 +52,5 @@ class FA3Dense(AttentionBackend):
             num_splits=self.num_splits,
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
-            **options,
         )
         return o, lse.T  # FlashAttention gives [q_heads, rows]
-
-    def _write_kv(self, k, v, layer, forward_batch) -> None:
-        slots = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
-        self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v, layer.k_scale, layer.v_scale)

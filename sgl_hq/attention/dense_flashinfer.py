@@ -1,8 +1,4 @@
-"""SGLang's FlashInfer backend (`layers/attention/flashinfer_backend.py`): its dense part as a state, base-2 logarithm.
-
-Decode graphs: the packed variant replays with the wrappers of the stock variant. Under CUDA graphs a plan fixes grids and
-workspace offsets by the batch size alone, every replay plans anew, and the two variants never run at the same time.
-"""
+"""SGLang's FlashInfer backend (`layers/attention/flashinfer_backend.py`): its dense part as a state, base-2 logarithm."""
 
 from __future__ import annotations
 
@@ -22,26 +18,16 @@ class FlashInferDense(AttentionBackend):
     lse_base2 = True
 
     @contextmanager
-    def dense_tables(self, view, eager: bool):
-        table = as_one_column(self.req_to_token_pool.req_to_token)
-        with swapped(self.indices_updater_decode, "req_to_token", table), swapped(self.indices_updater_prefill, "req_to_token", table):
+    def dense_tables(self, view):
+        with swapped(self.indices_updater_prefill, "req_to_token", as_one_column(self.req_to_token_pool.req_to_token)):
             yield
 
-    def dense_decode(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """o [rows, q_heads, v_head_dim] bf16, lse [rows, q_heads] float32."""
-        if save_kv_cache:
-            self._write_kv(k, v, layer, forward_batch)
-        (wrapper,) = self.forward_metadata.decode_wrappers
-        return wrapper.forward_return_lse(
-            q, self.token_to_kv_pool.get_kv_buffer(layer.layer_id), sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap,
-            k_scale=layer.k_scale_float, v_scale=layer.v_scale_float,
-        )
-
     def dense_extend(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `dense_decode`: the dense prefix and, causally, the new tokens."""
-        if save_kv_cache:
-            self._write_kv(k, v, layer, forward_batch)
+        """The dense prefix and, causally, the new tokens: o [rows, q_heads, v_head_dim] bf16, lse [rows, q_heads] float32."""
         metadata = self.forward_metadata
+        if save_kv_cache:
+            slots = KVWriteLoc(forward_batch.out_cache_loc, metadata.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v, *self._kv_write_scales(layer))
         (paged,) = metadata.prefill_wrappers
         cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         options = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
@@ -52,7 +38,3 @@ class FlashInferDense(AttentionBackend):
         if metadata.extend_no_prefix:
             return o, lse
         return merge_state(o, lse, *paged.forward_return_lse(q, cache, causal=False, **options))
-
-    def _write_kv(self, k, v, layer, forward_batch) -> None:
-        slots = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
-        self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v, *self._kv_write_scales(layer))

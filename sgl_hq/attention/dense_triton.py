@@ -17,19 +17,12 @@ class TritonDense(AttentionBackend):
     lse_base2 = False
 
     @contextmanager
-    def dense_tables(self, view, eager: bool):
+    def dense_tables(self, view):
         with swapped(self, "req_to_token", as_one_column(self.req_to_token)):
             yield
 
-    def dense_decode(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """o [rows, q_heads * v_head_dim] bf16, lse [rows, q_heads] float32."""
-        lse_of_split = self.forward_metadata.attn_lse  # [rows or more, q_heads, splits]; only used splits are written
-        lse_of_split.fill_(float("-inf"))
-        o = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        return o, torch.logsumexp(lse_of_split[: q.shape[0]], dim=-1)
-
     def dense_extend(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `dense_decode`: the dense prefix and, causally, the new tokens."""
+        """The dense prefix and, causally, the new tokens: o [rows, q_heads * v_head_dim] bf16, lse [rows, q_heads] float32."""
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         with swapped(self, "extend_attention_fwd", partial(self.extend_attention_fwd, lse_extend=lse)):
             # Stock wants rows as flat as the model gives them: `empty_like(q)` becomes the output.

@@ -1,4 +1,4 @@
-"""A batch as the stock backend must see it for its dense rest: shorter sequences, rows that begin behind the packed run.
+"""A prefill as the stock backend must see it for its dense rest: shorter sequences, rows that begin behind the packed run.
 
 Softmax does not care where a token stands, positions are rotated in already, and a packed run is whole pages, so the
 stock metadata code builds correct indices from shifted rows. Nothing is copied: `req_to_token` [rows, row_tokens] seen
@@ -28,21 +28,24 @@ class DenseView:
         self._shift: torch.Tensor | None = None  # the same on the device
 
     def of(self, forward_batch, runs: Sequence[PackedRun]):
-        """A shallow copy of `forward_batch` (SGLang's ForwardBatch, or its view at graph replay) with dense lengths and
-        rows; runs[i] belongs to request i, rows behind the last one are graph padding."""
-        self._set([run.tokens for run in runs], forward_batch.batch_size)
+        """A shallow copy of `forward_batch` (SGLang's ForwardBatch) with dense lengths and rows; runs[i] belongs to request i."""
+        shift = self.starts(runs, forward_batch.batch_size)
         view = copy.copy(forward_batch)
-        view.req_pool_indices = forward_batch.req_pool_indices.to(torch.int64) * self._row_tokens + self._shift
-        view.seq_lens = forward_batch.seq_lens - self._shift
+        view.req_pool_indices = forward_batch.req_pool_indices.to(torch.int64) * self._row_tokens + shift
+        view.seq_lens = forward_batch.seq_lens - shift
         if forward_batch.seq_lens_cpu is not None:
             view.seq_lens_cpu = forward_batch.seq_lens_cpu - self._host
         if forward_batch.seq_lens_sum is not None:
             view.seq_lens_sum = forward_batch.seq_lens_sum - int(self._host.sum())
-        if forward_batch.forward_mode.is_extend():
-            prefixes = forward_batch.extend_prefix_lens
-            view.extend_prefix_lens = prefixes - self._shift.to(prefixes.dtype)
-            view.extend_prefix_lens_cpu = [n - run.tokens for n, run in zip(forward_batch.extend_prefix_lens_cpu, runs, strict=True)]
+        prefixes = forward_batch.extend_prefix_lens
+        view.extend_prefix_lens = prefixes - shift.to(prefixes.dtype)
+        view.extend_prefix_lens_cpu = [n - run.tokens for n, run in zip(forward_batch.extend_prefix_lens_cpu, runs, strict=True)]
         return view
+
+    def starts(self, runs: Sequence[PackedRun], rows: int) -> torch.Tensor:
+        """First dense token of each row, [rows] int64 on the device; rows behind the last run are graph padding, 0."""
+        self._set([run.tokens for run in runs], rows)
+        return self._shift
 
     def _set(self, packed_tokens: list[int], rows: int) -> None:
         packed_tokens = packed_tokens + [0] * (rows - len(packed_tokens))

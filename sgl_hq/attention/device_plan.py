@@ -1,7 +1,8 @@
-"""The plan of a forward on a GPU: which packed pages are read for which query rows, as the lists the kernels walk.
+"""The plan of a forward on a GPU: which pages are read for which query rows, as the lists the kernels walk.
 
-Made on the host from the radix paths of the batch (`grouping.py`) and uploaded with one copy, only when the batch or the
-packed runs changed. The plan of decode graphs has buffers of fixed size and address; the one for eager forwards grows.
+Packed pages: made on the host from the radix paths of the batch (`grouping.py`) and uploaded with one copy, only when the batch or
+the packed runs changed. Dense pages of a decode batch: made on the device, before every forward. The plan of decode graphs has
+buffers of fixed size and address; the one for eager forwards grows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from sgl_hq.attention.grouping import group_rows
 from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, WorkOverflow, empty_work, make_grid, make_scratch
+from sgl_hq.kernels.grouped_attention.launcher_dense import DenseWork, list_pages, make_dense_work, pages_of
 from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out, tiles_of
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.packed_tier import PackedTier
@@ -24,13 +26,15 @@ _STAGES = 3  # uploads that may be in flight: an earlier graph replay may not ha
 
 
 class DevicePlan:
-    """work: what the layers give to the kernels. graph: decode graphs hold its launches. tokens_read, tokens_attended: packed tokens
-    of the last `set`, once per group and once per request."""
+    """work, dense: what the layers give to the kernels, for packed and for dense pages. graph: decode graphs hold its launches.
+    tokens_read, tokens_attended: packed tokens of the last `set`, once per group and once per request."""
 
-    def __init__(self, tier: PackedTier, q_heads: int, max_rows: int, graph: bool, scratch: torch.Tensor | None = None):
-        """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good.
-        scratch: that of another plan that never runs at the same time, to be shared."""
-        self._tier, self.graph = tier, graph
+    def __init__(
+        self, tier: PackedTier, q_heads: int, max_rows: int, row_tokens: int = 0, *, graph: bool, scratch: torch.Tensor | None = None
+    ):  # fmt: skip
+        """max_rows: query rows of a forward (more are taken without `graph`). graph: allocate everything now, for good, for
+        decode of requests of up to `row_tokens` tokens. scratch: that of another plan that never runs at the same time, to be shared."""
+        self._tier, self._q_heads, self.graph = tier, q_heads, graph
         self.layout = tier.codecs[0].layout
         self._device = tier.records[0].device
         self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
@@ -46,12 +50,13 @@ class DevicePlan:
         parts = LEVELS * max_rows + self._split_parts if graph else 0
         lists = tier.sizes.packed_pages + room + 2 * parts + ITEM_WORDS * (parts + self._grid.small + self._grid.large)
         self.work = empty_work(self._grid, max_rows, self._grid.header_words(max_rows) + lists if graph else 0, parts, self._scratch)
+        self.dense = self._dense_work(max_rows if graph else 0, row_tokens)
         self.set([], [])
 
     @property
     def nbytes(self) -> int:
         """Device bytes, a shared scratch not counted."""
-        return self.work.nbytes - (self._scratch.nbytes if self._shares_scratch else 0)
+        return self.work.nbytes + self.dense.nbytes - (self._scratch.nbytes if self._shares_scratch else 0)
 
     def prepare(self, runs: Sequence[PackedRun], query_lens: Sequence[int]) -> bool:
         """Plan a batch on the host. False: a decode graph's buffers are too small for it, so it must run without the graph."""
@@ -79,6 +84,19 @@ class DevicePlan:
         self._uploaded = True
         if not self.graph:  # a graph launches what was captured, whatever the lists of a replay hold
             self.work.tiles = tiles_of(self._lists, self._rows, self._grid)
+
+    def list_dense_pages(
+        self, req_to_token: torch.Tensor, requests: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, rows: int
+    ) -> None:
+        """List the dense pages of a decode batch, on the current stream; arguments: `launcher_dense.list_pages`."""
+        most_pages = len(lengths) * pages_of(req_to_token.shape[1])
+        if not self.graph and (len(lengths) > self.dense.max_rows or most_pages > self.dense.max_pages):
+            self.dense = self._dense_work(len(lengths), req_to_token.shape[1])
+        list_pages(self.dense, req_to_token, requests, starts, lengths, rows)
+
+    def _dense_work(self, max_rows: int, row_tokens: int) -> DenseWork:
+        shape, head_dim = self._tier.shape, self.layout.head_dim
+        return make_dense_work(max_rows, max_rows * pages_of(row_tokens), self._q_heads, shape.kv_heads, head_dim, self._device)
 
     @property
     def _fits(self) -> bool:

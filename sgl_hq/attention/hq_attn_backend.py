@@ -1,4 +1,4 @@
-"""What belongs to the batch: the plan, the dense call shifted past the packed run, and the merge.
+"""What belongs to the batch: the plan, the dense part behind the packed run, and the merge.
 
 Mixed into the attention backend the user chose (its class is swapped in place, so every attribute SGLang reads from
 the backend stays the stock one). A batch with nothing packed takes the stock path untouched; mode `exact` always does.
@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sgl_hq.attention.dense_view import DenseView
 from sgl_hq.attention.device_plan import DevicePlan
+from sgl_hq.attention.hq_radix_attention import DenseState
 from sgl_hq.attention.merge import merge
 from sgl_hq.attention.plan import PackedPlan, make_plan
 from sgl_hq.config import HQConfigError
@@ -26,7 +28,7 @@ from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
 _USUAL_RUN_PAGES = 128  # 8,192 tokens
 
-# Stock classes that can give their dense part as a state on a GPU, and the adapter of each.
+# Stock classes that can give the dense part of a prefill as a state on a GPU, and the adapter of each.
 _GPU_ADAPTERS = {
     "FlashInferAttnBackend": "sgl_hq.attention.dense_flashinfer:FlashInferDense",
     "FlashAttentionBackend": "sgl_hq.attention.dense_fa3:FA3Dense",
@@ -108,16 +110,16 @@ class HQCPUAttnBackendMixin(HQAttnBackendMixin):
 
 
 class HQGPUAttnBackendMixin(HQAttnBackendMixin):
-    """Needs of the stock class, from its adapter (`dense_*.py`): `lse_base2`, `dense_tables`, `dense_decode`, `dense_extend`.
+    """Needs of the stock class, from its adapter (`dense_*.py`): `lse_base2`, `dense_tables`, `dense_extend`, for prefills.
 
-    Decode graphs are captured twice per batch size (`patches/graphs.py`), the stock variant first: the packed variant
-    uses the metadata buffers and wrappers that stock made for it.
+    A decode batch with packed pages runs our kernels alone, over dense pages too, and prepares no stock metadata. Decode graphs
+    are captured twice per batch size (`patches/graphs.py`).
     """
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, *args, **kwargs):
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
-        scratch = self._eager_plan.work.scratch
-        self._graph_plan = DevicePlan(self.token_to_kv_pool.packed, self._q_heads, max_bs, graph=True, scratch=scratch)
+        scratch, row_tokens = self._eager_plan.work.scratch, self.req_to_token_pool.req_to_token.shape[1]
+        self._graph_plan = DevicePlan(self.token_to_kv_pool.packed, self._q_heads, max_bs, row_tokens, graph=True, scratch=scratch)
 
     def init_forward_metadata(self, forward_batch):
         """Eager forwards, and prefill under breakable graphs, where attention runs between the graphs."""
@@ -128,8 +130,11 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         decode = forward_batch.forward_mode.is_decode()
         self._eager_plan.set(runs, [1] * len(runs) if decode else list(forward_batch.extend_seq_lens_cpu))
         self._begin(self._eager_plan)
+        if decode:
+            self._list_dense_pages(forward_batch, runs)
+            return
         view = self._dense_view.of(forward_batch, runs)
-        with self.dense_tables(view, eager=True):
+        with self.dense_tables(view):
             super().init_forward_metadata(view)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
@@ -143,19 +148,17 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
             return super().init_forward_metadata_out_graph(forward_batch, in_capture)
         self._graph_plan.set(runs, [1] * len(runs))
         self._begin(self._graph_plan)
-        view = self._dense_view.of(forward_batch, runs)
-        with self.dense_tables(view, eager=False):
-            super().init_forward_metadata_out_graph(view)  # as for a replay: "capture" would make new buffers
+        self._list_dense_pages(forward_batch, runs)
 
     def fits_graph(self, forward_batch) -> bool:
         runs = self._packed_runs(forward_batch)
         return runs is None or self._graph_plan.prepare(runs, [1] * len(runs))
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        return self._forward(super().forward_decode, self.dense_decode, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self._forward(super().forward_decode, self._decode_dense, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        return self._forward(super().forward_extend, self.dense_extend, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self._forward(super().forward_extend, self._extend_dense, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
     def _forward(self, stock, dense, q, k, v, layer, forward_batch, save_kv_cache, **kwargs) -> torch.Tensor:
         if self._plan is None:
@@ -168,11 +171,27 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         # Forking costs host time: nothing in a graph, but in an eager forward the GPU would wait for it.
         with self._side_stream.fork() if self._plan.graph else nullcontext():
             layer.attend_packed(q, self._plan, self.token_to_kv_pool)
-        o, lse = dense(q, k, v, layer, forward_batch, save_kv_cache)
-        o = o.view(-1, layer.tp_q_head_num, layer.v_head_dim)
+        state = dense(q, k, v, layer, forward_batch, save_kv_cache)
         if self._plan.graph:
             self._side_stream.join()
-        return layer.join_packed(q, o, lse, self.lse_base2, self._plan, self.token_to_kv_pool, out)
+        return layer.join_packed(q, state, self._plan, self.token_to_kv_pool, out)
+
+    def _decode_dense(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> None:
+        """Parts over dense pages, into the plan's buffers."""
+        if save_kv_cache:  # as the stock decodes do; the pool is bfloat16, so scales change nothing
+            slots = KVWriteLoc(forward_batch.out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v, layer.k_scale, layer.v_scale)
+        layer.attend_dense(q, self._plan, self.token_to_kv_pool)
+
+    def _extend_dense(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> DenseState:
+        o, lse = self.dense_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return DenseState(o.view(-1, layer.tp_q_head_num, layer.v_head_dim), lse, self.lse_base2)
+
+    def _list_dense_pages(self, forward_batch, runs: Sequence[PackedRun]) -> None:
+        """For a decode batch; rows behind the runs are graph padding."""
+        starts = self._dense_view.starts(runs, forward_batch.batch_size)
+        table = self.req_to_token_pool.req_to_token
+        self._plan.list_dense_pages(table, forward_batch.req_pool_indices, starts, forward_batch.seq_lens, len(runs))
 
     def _packed_runs(self, forward_batch) -> Sequence[PackedRun] | None:
         """The packed runs of the batch without its padding; None if nothing is packed."""
@@ -199,15 +218,17 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         self._dense_view = DenseView(req_to_token.shape[1], req_to_token.device)
 
 
-def plan_bytes(layout: PageLayout, shape: KVShape, sizes: TierSizes, device, q_heads: int, graph_rows: int, eager_rows: int) -> int:
+def plan_bytes(
+    layout: PageLayout, shape: KVShape, sizes: TierSizes, device, q_heads: int, graph_rows: int, eager_rows: int, row_tokens: int
+) -> int:  # fmt: skip
     """`workspace_bytes` of a backend over such tiers, before there is one: its plans are made and dropped again.
 
-    graph_rows: largest batch of the decode graphs, 0 without them.
+    graph_rows: largest batch of the decode graphs, 0 without them. row_tokens: of the longest request.
     """
     codec, records = SimpleNamespace(layout=layout), torch.empty(0, device=device)
     tier = SimpleNamespace(codecs=[codec], records=[records], shape=shape, sizes=sizes, sink_slot=lambda page: -1)
     eager = _eager_plan(tier, q_heads, eager_rows)
-    graph = DevicePlan(tier, q_heads, graph_rows, graph=True, scratch=eager.work.scratch).nbytes if graph_rows else 0
+    graph = DevicePlan(tier, q_heads, graph_rows, row_tokens, graph=True, scratch=eager.work.scratch).nbytes if graph_rows else 0
     needed = eager.nbytes + graph
     del eager
     torch.cuda.empty_cache()  # the pool that is built next takes its own memory
@@ -215,7 +236,7 @@ def plan_bytes(layout: PageLayout, shape: KVShape, sizes: TierSizes, device, q_h
 
 
 def _eager_plan(tier, q_heads: int, rows: int) -> DevicePlan:
-    """For eager forwards: grows on demand, and starts with room for `rows` tokens behind one shared run."""
+    """For eager forwards: grows on demand, and starts with room for `rows` tokens of a prefill behind one shared run."""
     plan = DevicePlan(tier, q_heads, rows, graph=False)
     plan.set([PackedRun((Segment(0, tuple(range(min(tier.sizes.packed_pages, _USUAL_RUN_PAGES)))),), 0)], [rows])
     plan.set([], [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -10,8 +12,18 @@ from sgl_hq.attention.merge import empty_state, merge_into
 from sgl_hq.attention.plan import PackedPlan
 from sgl_hq.kernels.grouped_attention import attend_group
 from sgl_hq.kernels.grouped_attention.launcher import grouped_attention, merge
+from sgl_hq.kernels.grouped_attention.launcher_dense import dense_attention
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import AttnState
+
+
+class DenseState(NamedTuple):
+    """What a stock backend computed for its dense part. o: [rows, q_heads, v_head_dim] bf16 or float32; lse: [rows, q_heads]
+    float32 of any strides, base 2 if `base2` (FlashInfer), else natural."""
+
+    o: torch.Tensor
+    lse: torch.Tensor
+    base2: bool
 
 
 class HQRadixAttention(RadixAttention):
@@ -36,20 +48,24 @@ class HQRadixAttention(RadixAttention):
         """
         grouped_attention(q, pool.packed.records[self.layer_id - pool.start_layer], plan.layout, plan.work, self.scaling)
 
-    def join_packed(
-        self, q: torch.Tensor, dense_o: torch.Tensor, dense_lse: torch.Tensor, base2: bool, plan: DevicePlan, pool: HQTokenToKVPool,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """What `attend_packed` left, the sinks and the dense state of the same rows, as one output.
+    def attend_dense(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool) -> None:
+        """On a GPU, in decode: the same over the dense pages that the plan has listed."""
+        dense_attention(q, *pool.get_kv_buffer(self.layer_id), plan.dense, self.scaling)
 
-        dense_o: [rows, q_heads, v_head_dim] bf16 or float32; dense_lse: [rows, q_heads] float32 of any strides, base 2 if `base2`
-        (FlashInfer), else natural. Returns [rows, q_heads * v_head_dim] of q.dtype, in `out` if given.
+    def join_packed(
+        self, q: torch.Tensor, state: DenseState | None, plan: DevicePlan, pool: HQTokenToKVPool, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `attend_packed` left, the sinks and the dense part of the same rows, as one output.
+
+        state: of the dense part; None: it is what `attend_dense` left. Returns [rows, q_heads * v_head_dim] of q.dtype, in `out` if given.
         """
         sinks = pool.packed.sink_slots[self.layer_id - pool.start_layer] if plan.layout.fmt.sink_tokens else None
         out = torch.empty_like(q) if out is None else out.view(q.shape)
-        merge(
-            q, plan.work, plan.layout, self.scaling, sinks=sinks, dense_o=dense_o.contiguous(), dense_lse=dense_lse, base2=base2, out=out
-        )
+        if state is None:
+            rest = {"dense": plan.dense}
+        else:
+            rest = {"dense_o": state.o.contiguous(), "dense_lse": state.lse, "base2": state.base2}
+        merge(q, plan.work, plan.layout, self.scaling, sinks=sinks, **rest, out=out)
         return out.flatten(1)
 
     def why_not_packable(self) -> str | None:

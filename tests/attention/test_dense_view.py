@@ -13,21 +13,17 @@ ROW_TOKENS = 640
 RUNS = [PackedRun((), 128), EMPTY_RUN, PackedRun((), 64)]
 
 
-def _batch(extend, rows=(3, 1, 2), lens=(200, 70, 65)):
-    rows, lens = list(rows), list(lens)
-    batch = SimpleNamespace(
+def _batch():
+    rows, lens, prefixes = [3, 1, 2], [200, 70, 65], [192, 0, 64]
+    return SimpleNamespace(
         batch_size=len(rows), req_pool_indices=torch.tensor(rows), seq_lens=torch.tensor(lens), seq_lens_cpu=torch.tensor(lens),
-        seq_lens_sum=sum(lens), forward_mode=SimpleNamespace(is_extend=lambda: extend),
-    )
-    if extend:
-        batch.extend_prefix_lens_cpu = [192, 0, 64]
-        batch.extend_prefix_lens = torch.tensor(batch.extend_prefix_lens_cpu, dtype=torch.int32)
-    return batch
+        seq_lens_sum=sum(lens), extend_prefix_lens_cpu=prefixes, extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+    )  # fmt: skip
 
 
 def test_shifted_rows_of_one_column_are_the_dense_tokens():
     table = torch.arange(5 * ROW_TOKENS, dtype=torch.int32).view(5, ROW_TOKENS)
-    batch = _batch(extend=True)
+    batch = _batch()
     view = DenseView(ROW_TOKENS, "cpu").of(batch, RUNS)
     column = as_one_column(table)
     assert column.data_ptr() == table.data_ptr() and column.stride(0) == 1 and column.shape[1] == 1
@@ -40,14 +36,18 @@ def test_shifted_rows_of_one_column_are_the_dense_tokens():
     assert batch.seq_lens.tolist() == [200, 70, 65] and batch.extend_prefix_lens_cpu == [192, 0, 64], "the batch itself was changed"
 
 
-def test_graph_padding_is_not_shifted_and_a_missing_host_mirror_stays_missing():
-    batch = _batch(False, rows=(3, 1, 2, 0), lens=(200, 70, 65, 1))
+def test_a_missing_host_mirror_stays_missing():
+    batch = _batch()
     batch.seq_lens_cpu = batch.seq_lens_sum = None
+    view = DenseView(ROW_TOKENS, "cpu").of(batch, RUNS)
+    assert view.seq_lens.tolist() == [72, 70, 1] and view.seq_lens_cpu is None and view.seq_lens_sum is None
+
+
+def test_starts_are_kept_while_the_batch_is_the_same_and_padding_starts_at_0():
     dense = DenseView(ROW_TOKENS, "cpu")
-    for runs, lens in ((RUNS, [72, 70, 1, 1]), ([EMPTY_RUN] * 3, [200, 70, 65, 1]), (RUNS, [72, 70, 1, 1])):
-        view = dense.of(batch, runs)
-        assert view.seq_lens.tolist() == lens and view.seq_lens_cpu is None and view.seq_lens_sum is None
-    assert view.req_pool_indices[3] == 0
+    first = dense.starts(RUNS, 4)
+    assert first.tolist() == [128, 0, 64, 0] and dense.starts(list(RUNS), 4) is first
+    assert dense.starts([EMPTY_RUN] * 3, 4).tolist() == [0, 0, 0, 0] and dense.starts(RUNS, 3).tolist() == [128, 0, 64]
 
 
 def test_swapped_puts_the_stock_value_back():

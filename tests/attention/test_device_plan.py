@@ -16,7 +16,7 @@ from sgl_hq.pool.sizing import KVShape, TierSizes
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 from work_lists import Lists
 
-KV_HEADS, Q_HEADS, MAX_ROWS = 2, 4, 12
+KV_HEADS, Q_HEADS, MAX_ROWS, ROW_TOKENS = 2, 4, 12, 640
 
 
 def plan_of(graph: bool, name: str = "hq4", pages: int = 80, max_rows: int = MAX_ROWS) -> DevicePlan:
@@ -24,7 +24,7 @@ def plan_of(graph: bool, name: str = "hq4", pages: int = 80, max_rows: int = MAX
         codecs=[SimpleNamespace(layout=get_format(name).layout(64))], records=[torch.empty(0)],
         shape=KVShape(1, KV_HEADS, 64, 64), sizes=TierSizes(0, pages, 2), sink_slot=lambda page: 1 if page == 0 else NO_SINK,
     )  # fmt: skip
-    return DevicePlan(tier, Q_HEADS, max_rows, graph)
+    return DevicePlan(tier, Q_HEADS, max_rows, ROW_TOKENS, graph=graph)
 
 
 def run_of(*segments: tuple[int, range]) -> PackedRun:
@@ -99,6 +99,25 @@ def test_eager_forwards_launch_what_has_work_and_graphs_everything(batch, tiles)
         eager.set(*batch)
         graph.set(*batch)
         assert eager.work.tiles == tiles and graph.work.tiles == (True, True, True)
+
+
+def test_dense_pages_have_room_in_a_graph_and_make_it_in_eager_forwards(monkeypatch):
+    """The kernel that lists them: tests/ops/test_dense_attention.py, and the whole path: test_gpu_decode_path.py."""
+    from sgl_hq.attention import device_plan
+
+    listed = []
+    monkeypatch.setattr(device_plan, "list_pages", lambda *arguments: listed.append(arguments))
+    table, rows = torch.zeros(20, ROW_TOKENS, dtype=torch.int32), torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
+    graph, eager = plan_of(True), plan_of(False)
+    dense, held = graph.dense, eager.nbytes
+    assert dense.max_rows == MAX_ROWS and dense.max_pages == 10 * MAX_ROWS and eager.dense.max_rows == 0
+    graph.list_dense_pages(table, rows[1:], rows[1:], rows[1:], 3)
+    eager.list_dense_pages(table, rows, rows, rows, 13)
+    assert graph.dense is dense and eager.dense.max_rows == MAX_ROWS + 1 and eager.nbytes > held
+    grown = eager.dense
+    eager.list_dense_pages(table, rows[1:], rows[1:], rows[1:], 3)
+    assert eager.dense is grown, "it does not shrink"
+    assert [arguments[0] for arguments in listed] == [dense, grown, grown] and [arguments[-1] for arguments in listed] == [3, 13, 3]
 
 
 def test_an_eager_plan_grows():

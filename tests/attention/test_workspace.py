@@ -33,7 +33,7 @@ def test_charged_bytes_are_held_bytes(name, graph_rows):
     backend._prepare(6, 256)
     if graph_rows:
         backend.init_cuda_graph_state(graph_rows, graph_rows)
-    charged = plan_bytes(backend.token_to_kv_pool.packed.codecs[0].layout, shape, sizes, "cpu", 6, graph_rows, 256)
+    charged = plan_bytes(backend.token_to_kv_pool.packed.codecs[0].layout, shape, sizes, "cpu", 6, graph_rows, 256, 640)
     assert charged == backend.workspace_bytes > 0
     assert not backend.reads_packed and backend.packed_tokens_read == 0
 
@@ -56,8 +56,8 @@ def test_only_graphs_fork_and_the_packed_part_comes_first(graph):
     q = torch.zeros(3, 2 * 8)
     layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=8, v_head_dim=8, attend_packed=call("attend"), join_packed=call("merge", q))
     backend = HQGPUAttnBackendMixin()
-    backend._plan, backend.lse_base2, backend.token_to_kv_pool = SimpleNamespace(graph=graph), True, None
+    backend._plan, backend.token_to_kv_pool = SimpleNamespace(graph=graph), None
     backend._side_stream = SimpleNamespace(fork=fork, join=call("join"))
-    dense = call("dense", (q, torch.zeros(3, 2)))
+    dense = call("dense")
     assert backend._forward(None, dense, q, q, q, layer, SimpleNamespace(), True) is q
     assert seen == (["fork", "attend", "packed part launched", "dense", "join", "merge"] if graph else ["attend", "dense", "merge"])

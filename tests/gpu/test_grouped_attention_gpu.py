@@ -16,6 +16,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+import dense_checks
 import grouped_checks as checks
 from grouped_checks import Case, Dense
 
@@ -183,14 +184,59 @@ def test_nothing_waits_for_the_gpu(compiled):
     served = Served("hq4")
     batches = [served.batch() for _ in range(3)]
     served.forward(served.graph_plan)
+    dense = dense_checks.DensePages([100, 700, 64], 128, device="cuda", kv_heads=KV_HEADS, group=7)
+    work = dense.work()
+    dense.attend(work)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for runs in batches:
             served.graph_plan.set(runs, [1] * len(runs))
             served.forward(served.graph_plan)
+            dense.list_pages(work)
+            dense.attend(work)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_small_dense_pages():
+    for group in (1, 8, 9):
+        dense_checks.check_lengths([0, 1, 63, 64, 65, 400], 64, device="cuda", kv_heads=2, group=group, lanes=8)
+
+
+def test_small_dense_plans():
+    dense_checks.check_plans(device="cuda", rounds=3)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 7, 8, 16])
+def test_dense_pages(dim, group):
+    """Rows alone, rows over many programs, and more rows than programs."""
+    for lengths in ([1], [20_000], [0, 1, 63, 64, 65, 400, 5000], [(37 * row) % 900 for row in range(MAX_ROWS)]):
+        dense_checks.check_lengths(lengths, dim, device="cuda", kv_heads=KV_HEADS, group=group)
+
+
+def test_dense_plans():
+    dense_checks.check_plans(device="cuda")
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "hq4"])
+def test_packed_and_dense_pages(compiled, fmt):
+    reads = [(range(210), 20, True), (range(20, 60), 7, False), ([5], 17, False)]
+    shape = {"kv_heads": KV_HEADS, "group": 7, "device": "cuda"}
+    dense_checks.check_merge(fmt, reads, [(53 * row) % 700 for row in range(290)], 128, lanes=MAX_ROWS, **shape)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "hq4"])
+def test_graphs_replay_growing_dense_rows(compiled, fmt):
+    def capture(forward):
+        forward()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+        return graph.replay
+
+    dense_checks.check_growing(fmt, 128, capture, device="cuda", kv_heads=KV_HEADS, group=7)
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "hq4"])

@@ -7,6 +7,7 @@ Slots that no token of a row has are NaN, the rest of a row's last page too; so 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -74,8 +75,16 @@ class DensePages:
         work.pages.fill_(-1)
         for parts in (work.part_o, work.part_lse):
             parts.fill_(torch.nan)
-        list_pages(work, self.table, self.requests, self.starts, self.ends, len(self.lengths))
+        self.list_pages(work)
         return work
+
+    def list_pages(self, work: DenseWork) -> None:
+        list_pages(work, self.table, self.requests, self.starts, self.ends, len(self.lengths))
+
+    def shorten(self, lengths: list[int]) -> None:
+        """From now on rows attend so many of their tokens; the rest is stale, as after an earlier request."""
+        self.lengths, real = lengths, len(lengths)
+        self.ends[:real] = self.starts[:real] + torch.tensor(lengths, device=self.device)
 
     def attend(self, work: DenseWork) -> None:
         dense_attention(self.q, self.k, self.v, work, self.scale)
@@ -83,9 +92,10 @@ class DensePages:
     def reads(self) -> list[tuple[list[int], Tokens]]:
         """What rows read, and how exactly, for `merged_error`: K and V as they are, weights rounded to bfloat16."""
         out = []
-        for row, slots in enumerate(self.slots):
-            if not len(slots):
+        for row, n in enumerate(self.lengths):
+            if not n:
                 continue
+            slots = self.slots[row][:n]
             k, v = (side[slots].transpose(0, 1).double() for side in (self.k, self.v))
             norm = v.norm(dim=-1)
             rounded = SUM * (k.shape[2] + 16) * 4 * k.abs().amax(1, keepdim=True)
@@ -147,6 +157,39 @@ def check_merge(
         problem = differs(tuple(x[:real] for x in got), (o, lse, tolerance))
         assert problem is None, f"{name}: {problem}"
         assert not got[0][real:].any() and (got[1][real:] == -torch.inf).all(), "padding is not empty"
+
+
+def check_growing(name: str, dim: int, capture: Callable[[Callable], Callable] = lambda forward: forward, **shape) -> None:
+    """Decode steps over the buffers of one graph, rows growing and starting anew: bit for bit what fresh buffers give, and right.
+
+    capture: makes a function that does again what its argument does, whatever the buffers hold by then.
+    """
+    longest, lanes = [1200, 70, 640, 3, 513, 64, 130], 9
+    dense = DensePages(longest, dim, lanes=lanes, **shape)
+    case = Case(name, dim, [([0, 2, 3], 3, True), ([6], 1, False)], lanes, **shape)
+    case.q[len(longest) :] = torch.nan
+    packed, work = case.work(), dense.work()
+    out = torch.full(case.q.shape, torch.nan, dtype=torch.float32, device=case.device)
+    lse = torch.full(case.q.shape[:2], torch.nan, device=case.device)
+
+    def forward() -> None:
+        grouped_attention(case.q, case.records, case.layout, packed, case.scale)
+        dense_attention(case.q, dense.k, dense.v, work, case.scale)
+        merge(case.q, packed, case.layout, case.scale, sinks=case.sink_slots, dense=work, out=out, out_lse=lse)
+
+    replay = capture(forward)
+    real = len(longest)
+    for lengths in ([1] * real, [63, 1, 64, 2, 100, 5, 9], [64, 2, 65, 3, 101, 6, 10], [1, 70, 640, 0, 300, 64, 128], longest):
+        dense.shorten(lengths)
+        dense.list_pages(work)
+        replay()
+        got = out.clone(), lse.clone()
+        fresh = merged(case, dense, dense.work())
+        assert all(torch.equal(a, b) for a, b in zip(got, fresh, strict=True)), "another result than that of fresh buffers"
+        assert not got[0][real:].any(), "padding is not empty"
+        o, lse_nat, tolerance = merged_error(case.q[:real], [*case.reads(), *dense.reads()], None, case.scale, case.kv_heads)
+        problem = differs(tuple(x[:real] for x in got), (o, lse_nat, tolerance))
+        assert problem is None, problem
 
 
 def check_mutations(dim: int, **shape) -> None:

@@ -56,6 +56,10 @@ def test_merge_of_large_tiles_and_dense_pages(interpreted):
     interpreted("check_merge", "hq4", reads, [(31 * row) % 200 for row in range(45)], kv_heads=1, group=7)
 
 
+def test_growing_rows(interpreted):
+    interpreted("check_growing", "hq4", 64, kv_heads=1, group=7)
+
+
 @pytest.mark.parametrize("group", [1, 7, 16])
 def test_merge_without_packed_pages(interpreted, group):
     interpreted("check_merge", "hq4", [([0], 0, False)], RAGGED, 128, kv_heads=1, group=group)

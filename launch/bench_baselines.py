@@ -16,7 +16,7 @@ from sgl_hq.page_format import PAGE_TOKENS
 if TYPE_CHECKING:
     import torch
 
-    from sgl_hq.kernels.grouped_attention.bench import Dense, Layer, Tables
+    from sgl_hq.kernels.grouped_attention.bench import Layer, Tables
 
 WORKSPACE_BYTES = 512 << 20  # what SGLang gives FlashInfer for Qwen2 models
 TRITON_KV_SPLITS = 8  # SGLang's default
@@ -150,16 +150,6 @@ BASELINES: dict[str, Callable[[Tables, Sequence[Layer]], Baseline]] = {
     "triton": triton,
 }
 REFERENCE = "flashinfer bf16"  # what ratios are against
-
-
-def private_attention(tables: Tables, dtype: torch.dtype) -> Dense:
-    """Our arm's dense part: FlashInfer's decode over the private tokens only, with its log-sum-exp (base 2)."""
-    run = _decode_plan(slot_table(tables.private_pages), tables, dtype)
-
-    def dense(layer: Layer, o: torch.Tensor, lse: torch.Tensor) -> None:
-        run(layer.q, (layer.k, layer.v), out=o, lse=lse, return_lse=True)
-
-    return dense
 
 
 def slot_table(pages: torch.Tensor) -> torch.Tensor:

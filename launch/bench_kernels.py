@@ -85,7 +85,7 @@ def _measure_case(case: Case, formats: Sequence[PageFormat], replays: int, rows:
     import torch
 
     from sgl_hq.kernels.grouped_attention.bench import Tables, error_of, layers_of
-    from sgl_hq.launch.bench_baselines import BASELINES, REFERENCE, NotHere, private_attention
+    from sgl_hq.launch.bench_baselines import BASELINES, REFERENCE, NotHere
 
     tables = Tables.scattered(case)
     layers = layers_of(tables)
@@ -107,21 +107,15 @@ def _measure_case(case: Case, formats: Sequence[PageFormat], replays: int, rows:
         arm = None  # its outputs and copies of the cache
         torch.cuda.empty_cache()
         steps.done(f"case {case.name}: {name}")
-    try:
-        dense = private_attention(tables, layers[0].k.dtype)
-    except Exception as error:
-        rows.append(new_row(case, "ours: private tokens", len(layers)))
-        _broke(rows[-1], error)
-        return
     for fmt in formats:
-        _measure_format(case, fmt, tables, layers, dense, vanilla, replays, rows)
+        _measure_format(case, fmt, tables, layers, vanilla, replays, rows)
         torch.cuda.empty_cache()
         steps.done(f"case {case.name}: ours, {fmt.name}")
 
 
 def _measure_format(
-    case: Case, fmt: PageFormat, tables: Tables, layers: Sequence[Layer], dense: Any, vanilla: torch.Tensor | None,
-    replays: int, rows: list[Row],
+    case: Case, fmt: PageFormat, tables: Tables, layers: Sequence[Layer], vanilla: torch.Tensor | None, replays: int,
+    rows: list[Row],
 ) -> None:  # fmt: skip
     from sgl_hq.kernels.grouped_attention.bench import Grouped
 
@@ -129,7 +123,7 @@ def _measure_format(
     total = new_row(case, f"ours {fmt.name}", len(layers), fmt.name)
     rows.append(total)
     try:
-        arm = Grouped(tables, layers, layout, dense)
+        arm = Grouped(tables, layers, layout)
         accept(total, arm.error())
         if vanilla is not None and not fmt.lossy:
             total["largest_difference_to_flashinfer"] = float((arm.outs[0].view_as(vanilla) - vanilla).abs().max())
@@ -227,6 +221,6 @@ def _compile(cases: Sequence[Case], fmt: PageFormat) -> None:
 
     for case in cases:
         tables = Tables.scattered(case)
-        arm = Grouped(tables, [Layer(tables, 0)], fmt.layout(case.head_dim), lambda layer, o, lse: (o.zero_(), lse.zero_()))
+        arm = Grouped(tables, [Layer(tables, 0)], fmt.layout(case.head_dim))
         arm.parts()["total"][0]()
         torch.cuda.synchronize()

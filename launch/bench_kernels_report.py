@@ -27,7 +27,7 @@ def headings(facts: dict[str, Any]) -> str:
         f"GFLOP at {BF16_TFLOP_S:.0f} TFLOP/s (H200).\n"
         "FlashInfer: batch decode, fa2, tensor cores, pages of one token, as SGLang plans it; cascade: 2 levels, pages of 64; "
         "fa3: pages of one token; triton: up to 8 splits.\n"
-        "Ours: grouped kernels over packed prefixes, FlashInfer over private tokens, one merge; the parts run alone below it.\n"
+        "Ours: grouped kernels over packed prefixes, a dense one over private tokens, one merge; the parts run alone below it.\n"
         "error: root mean square against float64, as a share of what differs between rows."
     )
 

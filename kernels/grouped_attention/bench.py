@@ -21,7 +21,6 @@ from .side_stream import SideStream
 
 DEVICE = "cuda"
 Call = Callable[[], object]
-Dense = Callable[["Layer", torch.Tensor, torch.Tensor], None]  # (layer, o, lse): attention over the private tokens
 
 _COLD_BYTES = 400 << 20  # all layers together: eight times the L2 cache of an H200
 _MAX_LAYERS = 6
@@ -117,12 +116,13 @@ class PackedLayer:
 
 
 class Grouped:
-    """Our arm: grouped kernels over the packed prefixes, `dense` over the private tokens, one merge."""
+    """Our arm: grouped kernels over the packed prefixes, the dense kernel over the private tokens, one merge."""
 
-    def __init__(self, tables: Tables, layers: Sequence[Layer], layout: PageLayout, dense: Dense) -> None:
+    def __init__(self, tables: Tables, layers: Sequence[Layer], layout: PageLayout) -> None:
         from .launcher import plan_pages
+        from .launcher_dense import make_dense_work
 
-        self.case, self.tables, self.layers, self.layout, self._dense = tables.case, tables, layers, layout, dense
+        self.case, self.tables, self.layers, self.layout = tables.case, tables, layers, layout
         self.scale = self.case.head_dim**-0.5
         self.packed = [PackedLayer(tables, layer, layout) for layer in layers]
         case, counts = self.case, torch.arange(self.case.prefixes + 1, dtype=torch.int32)
@@ -137,9 +137,10 @@ class Grouped:
             device=DEVICE,
             sinks=list(range(case.prefixes)) if layout.sink_bytes else None,
         )
-        shape = case.requests, case.q_heads
-        self._dense_o = torch.empty(*shape, case.head_dim, dtype=torch.bfloat16, device=DEVICE)
-        self._dense_lse = torch.empty(shape, dtype=torch.float32, device=DEVICE)
+        self._slots = slots_of(tables.request_pages).int()
+        pages = tables.request_pages.numel()
+        self._dense = make_dense_work(case.requests, pages, case.q_heads, case.kv_heads, case.head_dim, DEVICE)
+        self._list_dense_pages()
         self.outs = [torch.empty_like(layer.q) for layer in layers]
         self._side_stream = SideStream(DEVICE)
 
@@ -148,15 +149,24 @@ class Grouped:
 
         grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale)
 
+    def _list_dense_pages(self) -> None:
+        from .launcher_dense import list_pages
+
+        rows = torch.arange(self.case.requests, device=DEVICE)
+        starts = torch.full_like(rows, self.case.prefix_tokens)
+        list_pages(self._dense, self._slots, rows, starts, starts + self.case.private_tokens, self.case.requests)
+
     def _run_dense(self, i: int) -> None:
-        self._dense(self.layers[i], self._dense_o, self._dense_lse)
+        from .launcher_dense import dense_attention
+
+        layer = self.layers[i]
+        dense_attention(layer.q, layer.k, layer.v, self._dense, self.scale)
 
     def _run_merge(self, i: int) -> None:
         from .launcher import merge
 
-        state = {"dense_o": self._dense_o, "dense_lse": self._dense_lse, "base2": True}  # FlashInfer's log-sum-exp
         sinks = self.packed[i].sinks if self.layout.sink_bytes else None
-        merge(self.layers[i].q, self._work, self.layout, self.scale, sinks=sinks, **state, out=self.outs[i])
+        merge(self.layers[i].q, self._work, self.layout, self.scale, sinks=sinks, dense=self._dense, out=self.outs[i])
 
     def _run_all(self, i: int) -> None:
         """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`)."""

@@ -168,7 +168,6 @@ def test_a_broken_arm_leaves_the_others(monkeypatch, capsys):
         raise bench_baselines.NotHere("not built")
 
     monkeypatch.setattr(bench_baselines, "BASELINES", {"flashinfer bf16": right, "wrong": wrong, "raises": raises, "absent": absent})
-    monkeypatch.setattr(bench_baselines, "private_attention", lambda tables, dtype: None)
     rows = []
     bench_kernels._measure_case(SMALL, [], 3, rows, Steps(4))
     assert [row["us_median"] for row in rows] == [10.0, None, None, None]

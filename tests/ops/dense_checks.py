@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from grouped_checks import Case, differs
 from grouped_tolerances import BF16, SUM, Tokens, merged_error
 
+from sgl_hq.kernels.grouped_attention import bench, bench_cases
 from sgl_hq.kernels.grouped_attention.launcher import grouped_attention, merge
 from sgl_hq.kernels.grouped_attention.launcher_dense import DenseWork, dense_attention, list_pages, make_dense_work, pages_of
-from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.page_format import PAGE_TOKENS, get_format
 
 NO_SLOT = 2**30
 SPARE = 2  # pages that nobody has
@@ -237,3 +240,20 @@ def check_plans(*, device: str = "cpu", rounds: int = 40) -> None:
             assert list(range(begin, end)) == parts[row]
         sizes = [b - a for a, b in zip(bounds, bounds[1:]) if b > a]
         assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def check_bench(name: str) -> None:
+    """Our arm of `sgl-hq bench kernels`, whose `dense` part alone must matter too."""
+    bench.DEVICE = "cpu"
+    tables = bench.Tables.scattered(bench_cases.Case("T", 4, 2, 128, 64, q_heads=4, kv_heads=2, head_dim=64))
+    arm = bench.Grouped(tables, [bench.Layer(tables, seed) for seed in range(2)], get_format(name).layout(64))
+    arm._side_stream = SimpleNamespace(fork=nullcontext, join=lambda: None)
+    assert arm.error() < bench.TOLERANCE
+    parts = arm.parts()
+    assert list(parts) == ["total", "packed", "dense", "merge"]
+    arm._dense.part_lse.fill_(-1e30)
+    parts["merge"][0]()
+    assert bench.error_of(tables, arm.layers[0], arm.outs[0], arm.packed[0].unpack) > 5 * bench.TOLERANCE
+    for part in ("packed", "dense", "merge"):
+        parts[part][0]()
+    assert bench.error_of(tables, arm.layers[0], arm.outs[0], arm.packed[0].unpack) < bench.TOLERANCE

@@ -63,3 +63,7 @@ def test_growing_rows(interpreted):
 @pytest.mark.parametrize("group", [1, 7, 16])
 def test_merge_without_packed_pages(interpreted, group):
     interpreted("check_merge", "hq4", [([0], 0, False)], RAGGED, 128, kv_heads=1, group=group)
+
+
+def test_our_arm_of_the_benchmark(interpreted):
+    interpreted("check_bench", "bf16")

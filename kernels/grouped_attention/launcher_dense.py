@@ -20,9 +20,10 @@ LOG2_E = 1.4426950408889634
 _TILES = (8, 16)  # query heads of a tile
 # Two pages are under way, one is read: 70 KB of shared memory at head_dim 128 (74 with 16 query heads), and an SM has 225 for programs.
 _ATTEND = {"num_warps": 1, "STAGES": 3}
-_PER_SM = {64: 6, 128: 3}  # by head_dim
+_PER_SM = {64: 5, 128: 3}  # by head_dim
 _AHEAD = 2  # entries behind the last page that the attention's pipeline may read, and drops
 _INTERPRETED_SMS = 2
+_ROW_BLOCK = 256  # rows that listing is compiled for at least: eager batches grow, and a compiler run would show
 
 
 @dataclass
@@ -91,7 +92,7 @@ def list_pages(
         raise ValueError(f"req_to_token is {req_to_token.dtype}; expected contiguous int32")
     plan_dense[(max(1, lanes),)](
         req_to_token, requests, starts, lengths, work.bounds, work.row_parts, work.pages, req_to_token.shape[1], rows,
-        PROGRAMS=work.programs, PROGRAM_BLOCK=_power_of_2(work.programs + 1), ROW_BLOCK=_power_of_2(max(1, work.max_rows)), num_warps=4,
+        PROGRAMS=work.programs, PROGRAM_BLOCK=_power_of_2(work.programs + 1), ROW_BLOCK=max(_ROW_BLOCK, _power_of_2(work.max_rows)), num_warps=4,
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def pages_of(tokens: int) -> int:
 
 
 def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, work: DenseWork) -> None:

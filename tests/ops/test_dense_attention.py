@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from interpreted import checks_of
+
+from sgl_hq.kernels.grouped_attention.launcher_dense import dense_attention, list_pages, make_dense_work
 
 RAGGED = [0, 1, 63, 64, 65, 400]
 
@@ -67,3 +70,26 @@ def test_merge_without_packed_pages(interpreted, group):
 
 def test_our_arm_of_the_benchmark(interpreted):
     interpreted("check_bench", "bf16")
+
+
+def test_refusals():
+    work = make_dense_work(4, 8, 14, 2, 64, "cpu")
+    table, lanes = torch.zeros(6, 128, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
+    for arguments, words in (
+        ((table, lanes, lanes, lanes, 4), "5 lanes"),
+        ((table, lanes[:3], lanes[:3], lanes[:3], 4), "4 rows in 3 lanes"),
+        ((table.repeat(1, 2), lanes[:3], lanes[:3], lanes[:3], 3), "256 tokens"),
+        ((table.long(), lanes[:3], lanes[:3], lanes[:3], 3), "int32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            list_pages(work, *arguments)
+    q, kv = torch.zeros(4, 14, 64, dtype=torch.bfloat16), torch.zeros(128, 2, 64, dtype=torch.bfloat16)
+    for wrong, words in (
+        ((q.float(), kv, kv), "q is"),
+        ((q[:, :12], kv, kv), "q is"),
+        ((torch.cat([q, q]), kv, kv), "8 rows"),
+        ((q, kv.half(), kv), "k is"),
+        ((q, kv, kv[:, :1]), "v is"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dense_attention(*wrong, work, 1.0)

@@ -4,9 +4,9 @@ Once a forward, `plan_dense` lists the pages of all rows, row after row, and dea
 program p has pages [bound(p), bound(p + 1)) of the list, so every program reads about as many bytes, whatever the rows' lengths,
 and a launch has the same grid for every batch: CUDA graphs replay it. Once a layer, `attend_dense` reads them.
 
-A program writes one part for every row that its pages belong to: part row + program. Pairs (row, program) in the order of the
-pages never go back in either, and the next pair is one further in one of them or both, so no two pairs have the same sum; a row's programs
-are neighbours, so its parts are too.
+A program writes one part for every row that its pages belong to: part row + program. In the order of the pages neither row nor
+program goes back, and pairs of the two differ in one of them, so row + program grows from pair to pair: no part has two writers. Every
+program up to the last one with pages has some, so a row's programs are neighbours, and so are its parts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import triton.language as tl
 from .kernel_codes import NO_SCORE
 from .kernel_fields import as_operand, dot, exp2, long_at
 
-_LISTED = tl.constexpr(64)  # pages of a row that are listed at a time
-MIN_PAGES = tl.constexpr(2)  # that are worth a program: its part of a row is written and merged
+_LISTED = tl.constexpr(256)  # pages of a row that are listed at a time
+# A part is written and merged: so many pages are worth one, and a row has at most so many, on average, as the merge reads them in turn.
+_MIN_PAGES, _MOST_PARTS = tl.constexpr(2), tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["row_tokens", "rows"])
@@ -42,7 +43,8 @@ def plan_dense(
     own, own_tokens = tl.sum(tl.where(lane == row, counts, 0), 0), tl.sum(tl.where(lane == row, tokens, 0), 0)
 
     program = tl.arange(0, PROGRAM_BLOCK)
-    workers = tl.minimum(tl.maximum(tl.cdiv(total, MIN_PAGES), 1), PROGRAMS)
+    workers = tl.minimum(tl.minimum((total + _MIN_PAGES - 1) // _MIN_PAGES, _MOST_PARTS * rows), PROGRAMS)
+    workers = tl.maximum(workers, 1)
     bound = (tl.minimum(program, workers).to(tl.int64) * total // workers).to(tl.int32)
     if row == 0:
         tl.store(bounds + program, bound, mask=program <= PROGRAMS)

@@ -218,7 +218,7 @@ def check_plans(*, device: str = "cpu", rounds: int = 40) -> None:
         return int(torch.randint(n, (), generator=draw))
 
     for _ in range(rounds):
-        longest, real, programs = (1, 70, 700)[pick(3)], pick(20), 1 + pick(30)
+        longest, real, programs = (1, 70, 700, 5000)[pick(4)], pick(20), 1 + pick(50)
         lengths = [pick(longest + 1) for _ in range(real)]
         case = DensePages(lengths, 64, kv_heads=1, group=1, device=device, lanes=real + pick(4), max_rows=real + 4)
         work = case.work(programs)

@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 SMALL=(-k test_small tests/gpu/test_grouped_attention_gpu.py tests/gpu/test_triton_codec_gpu.py)
-KERNELS=(attend_ expand_pages merge_states pack_) # parts of their names; `pack_` is in `unpack_` too
+KERNELS=(attend_ plan_dense expand_pages merge_states pack_) # parts of their names; `pack_` is in `unpack_` too
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not there: install CUDA's toolkit" >&2; exit 2; }
 [ $# -gt 0 ] || set -- "${SMALL[@]}"

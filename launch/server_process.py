@@ -34,6 +34,9 @@ SCHEDULER_TITLE = "sglang::scheduler"
 STOP_GRACE_S = 10.0
 
 
+_given_ports: set[int] = set()
+
+
 class ServerFailed(RuntimeError):
     """The server did not start, ended early or did not answer; the message ends with the reason from its log."""
 
@@ -129,6 +132,8 @@ class ServerProcess:
                 raise self._failed(f"did not answer /health within {self.start_timeout_s:.0f} s")
             self.on_wait(waited)
             time.sleep(0.2)
+        if not self._listens():
+            raise self._failed(f"is not the one that answers on port {self.port}: another process has taken it; start again")
         self.start_s = time.monotonic() - started
 
     def stop(self) -> None:
@@ -204,6 +209,15 @@ class ServerProcess:
         except httpx.HTTPError:
             return False
 
+    def _listens(self) -> bool:
+        """The process that answers is ours: measured by mistake, another arm's server would give figures of the wrong arm."""
+        try:
+            main = psutil.Process(self._process.pid)
+            sockets = [c for p in (main, *main.children(recursive=True)) for c in p.net_connections("tcp")]
+        except psutil.Error:  # it has ended
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in sockets)
+
     def _get(self, path: str, **kwargs: Any) -> httpx.Response:
         try:
             response = self._http.get(path, **kwargs)
@@ -240,10 +254,15 @@ class ServerProcess:
 
 
 def free_port() -> int:
-    """A TCP port that no one listened on a moment ago (another process could still take it before the server does)."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A TCP port that no one listened on a moment ago, and that this process has not been given before: a server binds its port
+    only after it has loaded the model, and the system may name the same port twice until then."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def _temporary_log(port: int) -> Path:

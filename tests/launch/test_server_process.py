@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from sgl_hq.launch.demo_model import ensure_demo_model
 from sgl_hq.launch.server_log import failure_reason
-from sgl_hq.launch.server_process import ServerFailed, ServerProcess
+from sgl_hq.launch.server_process import ServerFailed, ServerProcess, free_port
 from sgl_hq.launch.thread_freeze import freeze, thaw
 from sgl_hq.launch.waves import run_wave
 from sgl_hq.launch.workload import ChatRequest
@@ -43,6 +43,18 @@ def test_a_chat_through_the_openai_client(server):
     answer = client.chat.completions.create(model=server.model, messages=messages, max_tokens=16, temperature=0)
     assert "Paris" in answer.choices[0].message.content
     assert answer.usage.completion_tokens > 0
+
+
+def test_a_server_whose_port_another_one_answers_is_not_taken_for_it(server, tmp_path):
+    other = ServerProcess(server.model, ["--not-an-option"], port=server.port, log_path=tmp_path / "log")
+    with pytest.raises(ServerFailed, match="another process has taken it|ended with exit code"), other:
+        pass
+    assert server.server_info()["max_total_num_tokens"] == 4096
+
+
+def test_no_port_is_given_twice():
+    ports = [free_port() for _ in range(300)]
+    assert len(set(ports)) == 300
 
 
 def test_vanilla_reports_its_sizes_and_no_plugin(server):

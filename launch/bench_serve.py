@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ class Setup:
     model: BenchModel
     kv_tokens: int
     packed_fraction: float
+    repeats: int = 1
 
     def server(self, session: Session, log: Path) -> ServerProcess:
         """The process, not started."""
@@ -79,6 +81,7 @@ def run(
     packed_fraction: float = 0.5,
     pack: str | None = None,
     together: int = 1,
+    repeats: int = 3,
     json_path: Path | None = None,
     quick: bool = False,
     commit: str | None = None,
@@ -87,6 +90,7 @@ def run(
 
     pack: one policy for all workloads, so that an arm needs one server; None: what each workload asks for.
     together: servers started at the same time on the one GPU; they are measured one after another, the others idle.
+    repeats: of every workload; its figures are medians.
     Returns 0, or 1 when an arm could not be measured. Raises BenchError for what cannot be run.
     """
     import torch
@@ -104,7 +108,7 @@ def run(
     folder = Path(tempfile.mkdtemp(prefix="sgl-hq-bench-"))  # kept when an arm fails: the message names the logs
     (folder / "model").mkdir()
     bench_model = real_model(model, tokenizer) if model else shape_with_dummy_weights(folder / "model", tokenizer)
-    setup = Setup(bench_model, kv_tokens or max(load.kv_tokens for load in chosen), packed_fraction)
+    setup = Setup(bench_model, kv_tokens or max(load.kv_tokens for load in chosen), packed_fraction, repeats)
     rows: list[Row] = []
     facts = bench_facts(commit) | {"model": bench_model.name, "kv_tokens": setup.kv_tokens, "packed_fraction": packed_fraction}
     todo = []
@@ -176,9 +180,10 @@ def _measure_session(
         check_pool(setup, session.arm, server)
         for wave in WARM_UP:
             client.run(server, wave, setup.model.path, setup.model.tokenizer)
+        server.freeze_gc()
         steps.done(f"{name}: warmed up")
         while left:
-            rows.append(measure_workload(setup, session, left[0], server, client))
+            rows.append(measure_workload(setup, session, left[0], server, client, setup.repeats))
             steps.done(f"{name}: {left.pop(0).name}")
     except (ServerFailed, BenchError, ABError, AccountsError) as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -207,7 +212,22 @@ def check_pool(setup: Setup, arm: Arm, server: ServerProcess) -> None:
         raise BenchError(f"the server holds {held:.3g} bytes of KV, the budget is {budget:.3g}: is {arm.kv_dtype} in force?")
 
 
-def measure_workload(setup: Setup, session: Session, load: Workload, server: ServerProcess, client: LoadClient) -> Row:
+def measure_workload(
+    setup: Setup, session: Session, load: Workload, server: ServerProcess, client: LoadClient, repeats: int = 1
+) -> Row:
+    """The workload's row: every figure is the median over `repeats`, each from an empty cache on; all of TPOT's and TTFT's are kept."""
+    runs = [_measure_once(setup, session, load, server, client) for _ in range(repeats)]
+    medians = {key: _median([run[key] for run in runs]) for key in runs[0]}
+    every = {f"{key}_of_each": [run[key] for run in runs] for key in ("tpot_ms", "ttft_ms", "step_ms_full")}
+    return _row(session, load, **medians, **every, repeats=repeats, start_s=server.start_s)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """The middle value; of an even number, the lower one of the two: a figure that was measured. None if a value is."""
+    return None if None in values else statistics.median_low(values)
+
+
+def _measure_once(setup: Setup, session: Session, load: Workload, server: ServerProcess, client: LoadClient) -> Row:
     """Empty the cache, prime, then the measured wave. Counters are differences over the measured wave."""
     files = setup.model.path, setup.model.tokenizer
     server.flush_cache()
@@ -218,8 +238,7 @@ def measure_workload(setup: Setup, session: Session, load: Workload, server: Ser
     hq = _hq(server, session.arm, session.pack)  # the scheduler answers, so its log is complete
     log = server.log_text()[logged:]
     measured = figures(result) | _memory(setup, session.arm, server, hq) | _batches(log, load.wave.requests)
-    measured |= {key: value - before[key] for key, value in _counters(hq).items()}
-    return _row(session, load, **measured, start_s=server.start_s)
+    return measured | {key: value - before[key] for key, value in _counters(hq).items()}
 
 
 def _batches(log: str, requests: int) -> dict[str, float | int | None]:

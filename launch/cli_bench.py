@@ -61,6 +61,7 @@ def bench_serve(
     together: Annotated[
         int, typer.Option(min=1, help="Servers that start at the same time on the GPU; measured one after another.")
     ] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of every workload; figures are medians.")] = 3,
     json_path: _JSON = None,
     quick: Annotated[bool, typer.Option("--quick", help="Workload 4x16, arms vanilla and hq4.")] = False,
     commit: _COMMIT = None,
@@ -82,6 +83,7 @@ def bench_serve(
         packed_fraction=packed_fraction,
         pack=pack,
         together=together,
+        repeats=repeats,
         json_path=json_path,
         quick=quick,
         commit=commit,

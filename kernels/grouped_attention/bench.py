@@ -145,10 +145,10 @@ class Grouped:
         self.outs = [torch.empty_like(layer.q) for layer in layers]
         self._branches = Branches(DEVICE)
 
-    def _run_packed(self, i: int, branches: Branches | None = None) -> None:
+    def _run_packed(self, i: int, branches: Branches | None = None, beside: Call | None = None) -> None:
         from .launcher import grouped_attention
 
-        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale, branches)
+        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale, branches, beside)
 
     def _list_dense_pages(self) -> None:
         from .launcher_dense import list_pages
@@ -171,8 +171,7 @@ class Grouped:
 
     def _run_all(self, i: int) -> None:
         """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`)."""
-        self._run_packed(i, self._branches)
-        self._run_dense(i)
+        self._run_packed(i, self._branches, lambda: self._run_dense(i))
         self._branches.join()
         self._run_merge(i)
 

@@ -11,6 +11,7 @@ graphs can hold it; where `Work.tiles` says that a kernel has nothing to do, it 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ _SLIM_PER_SM, _SLIM = 12, {"maxnreg": 168}
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _EXPAND_PER_SM = 8
+_SMALL_BRANCH = "small"
 _LARGE_SHARE = 0.88  # of the SMs, where dense pages are read beside: those are bound by memory, large tiles by the tensor cores
 _HOPPER = {"num_warps": 4, "STAGES": 3}
 # A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
@@ -168,51 +170,75 @@ def plan_pages(
 
 
 def grouped_attention(
-    q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float, branches: Branches | None = None
-) -> None:
+    q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float,
+    branches: Branches | None = None, beside: Callable[[], object] | None = None,
+) -> None:  # fmt: skip
     """Attention of every group's rows over its pages, into the parts of `work`. Affine V stays rotated there.
 
     q: `[rows, q_heads, head_dim] bfloat16`, contiguous. records: `[pages, kv_heads, record_bytes] uint8` of one layer.
-    scale: softmax scale. branches: to be joined by the caller; large tiles and small ones run beside each other and beside what
-    the caller launches next; None: one after another. Raises ValueError for wrong shapes.
+    scale: softmax scale. branches: to be joined by the caller; small tiles and what `beside` launches run beside large tiles.
+    None: one after another. Raises ValueError for wrong shapes.
     """
+    _check(q, records, layout, work)
+    # A decode graph launches kernels for whatever the lists of a replay may hold.
+    tiles = work.tiles.both(work.grid.possible_tiles(len(q)))
+    fork = branches.fork if branches else lambda name: nullcontext()
+    if tiles.expanded and layout.fmt.kind != "bf16":
+        _expand(records, layout, work)
+    place = _SMALL_BRANCH
+    if beside is not None:
+        with fork("dense"):
+            if tiles.small and place == "before":
+                _small_tiles(q, records, layout, work, scale)
+            beside()
+            if tiles.small and place == "dense":
+                _small_tiles(q, records, layout, work, scale)
+    if tiles.large:
+        _large_tiles(q, records, layout, work, scale)
+    if tiles.small and (beside is None or place in ("small", "main")):
+        with fork("small") if place == "small" else nullcontext():
+            _small_tiles(q, records, layout, work, scale)
+
+
+def _expand(records: torch.Tensor, layout: PageLayout, work: Work) -> None:
+    """Pages that more than a few large tiles read, into the scratch."""
     from .kernel_expand import expand_pages
+
+    grid, heads = work.grid, work.kv_heads
+    programs = grid.large * heads * _EXPAND_PER_SM
+    expand_pages[(programs,)](
+        records, work.words, work.scratch, *records.stride()[:2], heads, D=layout.head_dim, KIND=layout.fmt.kind, **expand_constants(layout),
+        FIRST=grid.sections(work.max_rows).expand, PROGRAMS=programs, num_warps=4,
+    )  # fmt: skip
+
+
+def _large_tiles(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
     from .kernel_hopper import attend_hopper
     from .kernel_large import attend_large
+
+    grid, heads, first = work.grid, work.kv_heads, work.grid.sections(work.max_rows).large
+    pages = records.view(torch.bfloat16) if layout.fmt.kind == "bf16" else work.scratch
+    shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "FIRST": first, "PROGRAMS": grid.large}
+    outs = work.words, work.part_o, work.part_lse
+    if is_hopper(q.device):
+        attend_hopper[(grid.large * heads,)](
+            q, records, pages, *outs, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, **shape, **hopper_constants(layout), **_HOPPER,
+        )  # fmt: skip
+    else:
+        attend_large[(grid.large * heads,)](
+            q, pages, *outs, *pages.stride()[:2], scale * LOG2_E, **shape, PTX=q.is_cuda, ROWS=LARGE_ROWS, **_LARGE,
+        )  # fmt: skip
+
+
+def _small_tiles(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
     from .kernel_small import attend_small
 
-    _check(q, records, layout, work)
-    grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
-    # A decode graph launches kernels for whatever the lists of a replay may hold.
-    at, tiles = grid.sections(work.max_rows), work.tiles.both(grid.possible_tiles(len(q)))
-    parts = (work.part_o, work.part_lse)
-    shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
-    pages = records.view(torch.bfloat16) if kind == "bf16" else work.scratch
-    if tiles.expanded and kind != "bf16":
-        programs = grid.large * heads * _EXPAND_PER_SM
-        expand_pages[(programs,)](
-            records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **expand_constants(layout),
-            FIRST=at.expand, PROGRAMS=programs, num_warps=4,
-        )  # fmt: skip
-    if tiles.large:
-        # A program takes an SM for itself: it must come before the many small ones that would fill all of them.
-        with branches.fork("large", first=True) if branches else nullcontext():
-            if is_hopper(q.device):
-                attend_hopper[(grid.large * heads,)](
-                    q, records, pages, work.words, *parts, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1],
-                    GROUP=grid.group, D=layout.head_dim, FIRST=at.large, PROGRAMS=grid.large, **hopper_constants(layout), **_HOPPER,
-                )  # fmt: skip
-            else:
-                attend_large[(grid.large * heads,)](
-                    q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=at.large, PROGRAMS=grid.large,
-                    ROWS=LARGE_ROWS, **_LARGE,
-                )  # fmt: skip
-    if tiles.small:
-        with branches.fork("small") if branches else nullcontext():
-            attend_small[(grid.small * heads,)](
-                q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **small_constants(layout), ROWS=grid.small_tile,
-                FIRST=at.small, PROGRAMS=grid.small, **_SMALL, **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
-            )  # fmt: skip
+    grid, heads, first = work.grid, work.kv_heads, work.grid.sections(work.max_rows).small
+    attend_small[(grid.small * heads,)](
+        q, records, work.words, work.part_o, work.part_lse, *records.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1], GROUP=grid.group,
+        D=layout.head_dim, PTX=q.is_cuda, **small_constants(layout), ROWS=grid.small_tile, FIRST=first, PROGRAMS=grid.small, **_SMALL,
+        **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
+    )  # fmt: skip
 
 
 def merge(

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,9 @@ class FakeServer:
     def flush_cache(self):
         self.flushed += 1
 
+    def freeze_gc(self):
+        self.frozen_after = self.flushed
+
     def log_text(self):
         return ""
 
@@ -271,13 +275,13 @@ def test_vanilla_with_our_plugin_and_ours_without_are_refused():
         check_pool(setup(), hq, FakeServer(hq, hq={"format": "hq6"}))
 
 
-def run_measure(monkeypatch, servers, together=1):
-    client = FakeClient()
+def run_measure(monkeypatch, servers, together=1, repeats=1, client=None):
+    client = client or FakeClient()
     monkeypatch.setattr(bench_serve, "LoadClient", lambda folder: client)
     made = iter(servers)
     monkeypatch.setattr(Setup, "server", lambda self, session, log: next(made))
     rows, loads = [], parse_workloads("4x16,cold")
-    measure(setup(), sessions([server.arm for server in servers], loads), together, Path("."), rows)
+    measure(replace(setup(), repeats=repeats), sessions([server.arm for server in servers], loads), together, Path("."), rows)
     return rows, client
 
 
@@ -294,6 +298,21 @@ def test_every_arm_gets_the_same_waves_and_counters_of_its_wave_only(monkeypatch
     assert [row["packed_tokens_read"] for row in rows] == [0, 0, 10, 10]
     assert rows[2]["kv_bytes_used"] == 100 * TOKEN_BYTES + 7 and rows[2]["packed_tokens"] == 3 * 64
     assert rows[2]["kv_bytes_allocated"] == 13 + 11 + 17
+
+
+def test_figures_are_medians_of_repeats_that_each_begin_with_an_empty_cache(monkeypatch):
+    class Varying(FakeClient):
+        def run(self, server, wave, model, tokenizer):
+            answer = super().run(server, wave, model, tokenizer)
+            measured = [w for w in self.waves if w == WORKLOADS["4x16"].wave]
+            return answer | {"median_tpot_ms": {1: 9.0, 2: 5.0, 3: 7.0}.get(len(measured), 1.0)}
+
+    vanilla = parse_arms("vanilla")[0]
+    server = FakeServer(vanilla)
+    rows, client = run_measure(monkeypatch, [server], repeats=3, client=Varying())
+    assert server.flushed == 6 and server.frozen_after == 0
+    assert client.waves[len(WARM_UP) :] == [WORKLOADS["4x16"].priming, WORKLOADS["4x16"].wave] * 3 + [WORKLOADS["cold"].wave] * 3
+    assert (rows[0]["tpot_ms"], rows[0]["tpot_ms_of_each"], rows[0]["repeats"]) == (7.0, [9.0, 5.0, 7.0], 3)
 
 
 def test_an_arm_that_does_not_start_is_a_row_and_the_next_one_runs(monkeypatch, capsys):

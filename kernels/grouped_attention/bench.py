@@ -142,13 +142,15 @@ class Grouped:
         pages = tables.request_pages.numel()
         self._dense = make_dense_work(case.requests, pages, case.q_heads, case.kv_heads, case.head_dim, DEVICE)
         self._list_dense_pages()
+        self._new_slots = self._slots[:, -1].long()
+        self._new = [(layer.k[self._new_slots], layer.v[self._new_slots]) for layer in layers]
         self.outs = [torch.empty_like(layer.q) for layer in layers]
         self._branches = Branches(DEVICE)
 
-    def _run_packed(self, i: int, branches: Branches | None = None, beside: Call | None = None) -> None:
+    def _run_packed(self, i: int, branches: Branches | None = None) -> None:
         from .launcher import grouped_attention
 
-        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale, branches, beside)
+        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale, branches)
 
     def _list_dense_pages(self) -> None:
         from .launcher_dense import list_pages
@@ -170,8 +172,11 @@ class Grouped:
         merge(self.layers[i].q, self._work, self.layout, self.scale, sinks=sinks, dense=self._dense, out=self.outs[i])
 
     def _run_all(self, i: int) -> None:
-        """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`)."""
-        self._run_packed(i, self._branches, lambda: self._run_dense(i))
+        """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`): the new tokens are written on the way."""
+        self._run_packed(i, self._branches)
+        for side, new in zip((self.layers[i].k, self.layers[i].v), self._new[i]):
+            side.index_copy_(0, self._new_slots, new)
+        self._run_dense(i)
         self._branches.join()
         self._run_merge(i)
 

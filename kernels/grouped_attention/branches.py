@@ -17,13 +17,13 @@ class Branches:
         self._forked: list[torch.cuda.Stream] = []
 
     @contextmanager
-    def fork(self, name: str) -> Iterator[None]:
+    def fork(self, name: str, first: bool = False) -> Iterator[None]:
         """What is launched inside runs after what the current stream has so far, beside what follows there.
 
-        A branch of a graph begins some microseconds later than what follows in the current stream.
+        first: where several kernels are ready, the GPU begins with this one.
         """
         if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self._device)
+            self._streams[name] = torch.cuda.Stream(self._device, priority=-1 if first else 0)
         stream = self._streams[name]
         stream.wait_stream(torch.cuda.current_stream())
         self._forked.append(stream)

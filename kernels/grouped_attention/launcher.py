@@ -11,7 +11,6 @@ graphs can hold it; where `Work.tiles` says that a kernel has nothing to do, it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -38,7 +37,6 @@ _SLIM_PER_SM, _SLIM = 12, {"maxnreg": 168}
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _EXPAND_PER_SM = 8
-_SMALL_BRANCH = "small"
 _LARGE_SHARE = 0.88  # of the SMs, where dense pages are read beside: those are bound by memory, large tiles by the tensor cores
 _HOPPER = {"num_warps": 4, "STAGES": 3}
 # A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
@@ -170,33 +168,25 @@ def plan_pages(
 
 
 def grouped_attention(
-    q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float,
-    branches: Branches | None = None, beside: Callable[[], object] | None = None,
-) -> None:  # fmt: skip
+    q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float, branches: Branches | None = None
+) -> None:
     """Attention of every group's rows over its pages, into the parts of `work`. Affine V stays rotated there.
 
     q: `[rows, q_heads, head_dim] bfloat16`, contiguous. records: `[pages, kv_heads, record_bytes] uint8` of one layer.
-    scale: softmax scale. branches: to be joined by the caller; small tiles and what `beside` launches run beside large tiles.
-    None: one after another. Raises ValueError for wrong shapes.
+    scale: softmax scale. branches: to be joined by the caller; large and small tiles run beside each other and beside what the
+    caller launches next. None: one after another. Raises ValueError for wrong shapes.
     """
     _check(q, records, layout, work)
     # A decode graph launches kernels for whatever the lists of a replay may hold.
     tiles = work.tiles.both(work.grid.possible_tiles(len(q)))
-    fork = branches.fork if branches else lambda name: nullcontext()
     if tiles.expanded and layout.fmt.kind != "bf16":
         _expand(records, layout, work)
-    place = _SMALL_BRANCH
-    if beside is not None:
-        with fork("dense"):
-            if tiles.small and place == "before":
-                _small_tiles(q, records, layout, work, scale)
-            beside()
-            if tiles.small and place == "dense":
-                _small_tiles(q, records, layout, work, scale)
     if tiles.large:
-        _large_tiles(q, records, layout, work, scale)
-    if tiles.small and (beside is None or place in ("small", "main")):
-        with fork("small") if place == "small" else nullcontext():
+        # One of these takes an SM for itself: it must come before the many programs of the others, which would fill all of them.
+        with branches.fork("large", first=True) if branches else nullcontext():
+            _large_tiles(q, records, layout, work, scale)
+    if tiles.small:
+        with branches.fork("small") if branches else nullcontext():
             _small_tiles(q, records, layout, work, scale)
 
 

@@ -168,14 +168,11 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         out, forward_batch._attn_output = getattr(forward_batch, "_attn_output", None), None
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Forking costs host time: nothing in a graph, but in an eager forward the GPU would wait for it.
-        args = layer, forward_batch, save_kv_cache
-        if self._plan.graph:
-            layer.attend_packed(q, self._plan, self.token_to_kv_pool, self._branches, lambda: dense(q, k, v, *args))
-            self._branches.join()
-            state = None
-        else:
-            layer.attend_packed(q, self._plan, self.token_to_kv_pool)
-            state = dense(q, k, v, *args)
+        branches = self._branches if self._plan.graph else None
+        layer.attend_packed(q, self._plan, self.token_to_kv_pool, branches)
+        state = dense(q, k, v, layer, forward_batch, save_kv_cache)
+        if branches is not None:
+            branches.join()
         return layer.join_packed(q, state, self._plan, self.token_to_kv_pool, out)
 
     def _decode_dense(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> None:

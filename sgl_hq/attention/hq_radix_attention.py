@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,16 +42,13 @@ class HQRadixAttention(RadixAttention):
             merge_into(state, group.q_rows, attend_group(q[group.q_rows], k, v, self.scaling))
         return state
 
-    def attend_packed(
-        self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool,
-        branches: Branches | None = None, beside: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
+    def attend_packed(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool, branches: Branches | None = None) -> None:
         """On a GPU: partial states of the plan's rows over its packed pages, into the plan's buffers. No synchronisation.
 
-        q: [rows, q_heads, head_dim] bf16, contiguous, already rotated. branches: to be joined by the caller, with what `beside` launches.
+        q: [rows, q_heads, head_dim] bf16, contiguous, already rotated. branches: to be joined by the caller.
         """
         records = pool.packed.records[self.layer_id - pool.start_layer]
-        grouped_attention(q, records, plan.layout, plan.work, self.scaling, branches, beside)
+        grouped_attention(q, records, plan.layout, plan.work, self.scaling, branches)
 
     def attend_dense(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool) -> None:
         """On a GPU, in decode: the same over the dense pages that the plan has listed."""

@@ -38,7 +38,7 @@ def test_charged_bytes_are_held_bytes(name, graph_rows):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_only_graphs_have_branches(graph):
+def test_only_graphs_fork_and_the_packed_part_comes_first(graph):
     from sgl_hq.attention.hq_attn_backend import HQGPUAttnBackendMixin
 
     seen = []
@@ -46,10 +46,8 @@ def test_only_graphs_have_branches(graph):
     def call(name, result=None):
         return lambda *_: (seen.append(name), result)[1]
 
-    def attend(_q, _plan, _pool, branches=None, beside=None):
+    def attend(_q, _plan, _pool, branches):
         seen.append("attend" if branches is None else "attend in branches")
-        if beside is not None:
-            beside()
 
     q = torch.zeros(3, 2 * 8)
     layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=8, v_head_dim=8, attend_packed=attend, join_packed=call("merge", q))

@@ -17,7 +17,7 @@ from sgl_hq.kernels.page_codec.launcher import pack_pages, unpack_pages
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
 from .bench_cases import Case
-from .branches import Branches
+from .side_stream import SideStream
 
 DEVICE = "cuda"
 Call = Callable[[], object]
@@ -136,21 +136,18 @@ class Grouped:
             kv_heads=case.kv_heads,
             device=DEVICE,
             sinks=list(range(case.prefixes)) if layout.sink_bytes else None,
-            beside_dense=True,
         )
         self._slots = slots_of(tables.request_pages).int()
         pages = tables.request_pages.numel()
         self._dense = make_dense_work(case.requests, pages, case.q_heads, case.kv_heads, case.head_dim, DEVICE)
         self._list_dense_pages()
-        self._new_slots = self._slots[:, -1].long()
-        self._new = [(layer.k[self._new_slots], layer.v[self._new_slots]) for layer in layers]
         self.outs = [torch.empty_like(layer.q) for layer in layers]
-        self._branches = Branches(DEVICE)
+        self._side_stream = SideStream(DEVICE)
 
-    def _run_packed(self, i: int, branches: Branches | None = None) -> None:
+    def _run_packed(self, i: int) -> None:
         from .launcher import grouped_attention
 
-        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale, branches)
+        grouped_attention(self.layers[i].q, self.packed[i].records, self.layout, self._work, self.scale)
 
     def _list_dense_pages(self) -> None:
         from .launcher_dense import list_pages
@@ -172,12 +169,11 @@ class Grouped:
         merge(self.layers[i].q, self._work, self.layout, self.scale, sinks=sinks, dense=self._dense, out=self.outs[i])
 
     def _run_all(self, i: int) -> None:
-        """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`): the new tokens are written on the way."""
-        self._run_packed(i, self._branches)
-        for side, new in zip((self.layers[i].k, self.layers[i].v), self._new[i]):
-            side.index_copy_(0, self._new_slots, new)
+        """As the attention backend does (`sgl_hq/attention/hq_attn_backend.py`)."""
+        with self._side_stream.fork():
+            self._run_packed(i)
         self._run_dense(i)
-        self._branches.join()
+        self._side_stream.join()
         self._run_merge(i)
 
     def parts(self) -> dict[str, list[Call]]:

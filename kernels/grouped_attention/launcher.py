@@ -11,7 +11,6 @@ graphs can hold it; where `Work.tiles` says that a kernel has nothing to do, it 
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from sgl_hq.kernels.page_codec.hadamard import block_size
 from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 
-from .branches import Branches
 from .launcher_dense import LOG2_E, DenseWork
 from .record_constants import CODED_KINDS, expand_constants, hopper_constants, small_constants
 from .work import CODED_ROWS, LARGE_ROWS, SMALL_ROWS, Grid, RowGroup, Tiles, lay_out
@@ -37,7 +35,6 @@ _SLIM_PER_SM, _SLIM = 12, {"maxnreg": 168}
 _SHARED_BYTES = 220 << 10
 _INTERPRETED_SMS = 2
 _EXPAND_PER_SM = 8
-_LARGE_SHARE = 0.88  # of the SMs, where dense pages are read beside: those are bound by memory, large tiles by the tensor cores
 _HOPPER = {"num_warps": 4, "STAGES": 3}
 # A tile that unpacks pages itself costs 0.43 us more a page and SM than one that finds them expanded; expanding one costs 1.7 (H200).
 _DIRECT_TILES = 4
@@ -83,16 +80,15 @@ def why_not(layout: PageLayout, q_heads: int, kv_heads: int) -> str | None:
     return None
 
 
-def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device, beside_dense: bool = False) -> Grid:
-    """Programs of both kernels for one GPU. beside_dense: dense pages are read at the same time, as in decode."""
+def make_grid(layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Grid:
+    """Programs of both kernels for one GPU."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS
     group = q_heads // kv_heads
     coded = layout.fmt.kind in CODED_KINDS
     tile = CODED_ROWS if coded and group <= CODED_ROWS else SMALL_ROWS
     per_sm = _SLIM_PER_SM if _is_slim(layout, tile) else max(1, min(_SMALL_PER_SM, _buffers_per_sm(layout)))
     step, direct_tiles = (1, _DIRECT_TILES if coded else 0) if is_hopper(device) else (_LARGE_STEP, 0)
-    large = int(sms * (_LARGE_SHARE if beside_dense else 1)) * _LARGE_PER_SM
-    return Grid(max(1, sms * per_sm // kv_heads), max(1, large // kv_heads), group, tile, step, direct_tiles)
+    return Grid(max(1, sms * per_sm // kv_heads), max(1, sms * _LARGE_PER_SM // kv_heads), group, tile, step, direct_tiles)
 
 
 def _buffers_per_sm(layout: PageLayout) -> int:
@@ -116,11 +112,9 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def make_work(
-    groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device, beside_dense: bool = False
-) -> Work:
+def make_work(groups: list[RowGroup], max_rows: int, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device) -> Work:
     """Plan `groups` into fresh buffers."""
-    grid = make_grid(layout, q_heads, kv_heads, device, beside_dense)
+    grid = make_grid(layout, q_heads, kv_heads, device)
     expands = layout.fmt.kind != "bf16"
     words, parts = lay_out(groups, max_rows, grid, layout.fmt.sink_tokens, SCRATCH_PAGES if expands else None)
     scratch = make_scratch(layout, kv_heads, int(words[grid.sections(max_rows).expand + 1]), device)
@@ -146,12 +140,11 @@ def make_scratch(layout: PageLayout, kv_heads: int, pages: int, device: torch.de
 def plan_pages(
     qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_last_page_len: torch.Tensor,
     *, layout: PageLayout, q_heads: int, kv_heads: int, device: torch.device | str, sinks: list[int] | None = None,
-    beside_dense: bool = False,
 ) -> Work:  # fmt: skip
     """FlashInfer's paged layout, all int32: group i has query rows qo_indptr[i]:qo_indptr[i+1] and reads the pages
     kv_indices[kv_indptr[i]:kv_indptr[i+1]]. Rows may occur in one group only.
 
-    sinks: slot of each group's first tokens, -1 for none. beside_dense: `make_grid`. Raises ValueError if a last page is not full (packed pages
+    sinks: slot of each group's first tokens, -1 for none. Raises ValueError if a last page is not full (packed pages
     are) or the kernels cannot read `layout`.
     """
     reason = why_not(layout, q_heads, kv_heads)
@@ -164,71 +157,51 @@ def plan_pages(
     groups = [
         RowGroup(indices[kv[i] : kv[i + 1]], np.arange(qo[i], qo[i + 1]), slots[i]) for i in range(len(qo) - 1)
     ]
-    return make_work(groups, int(qo[-1]), layout, q_heads, kv_heads, torch.device(device), beside_dense)
+    return make_work(groups, int(qo[-1]), layout, q_heads, kv_heads, torch.device(device))
 
 
-def grouped_attention(
-    q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float, branches: Branches | None = None
-) -> None:
+def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
     """Attention of every group's rows over its pages, into the parts of `work`. Affine V stays rotated there.
 
     q: `[rows, q_heads, head_dim] bfloat16`, contiguous. records: `[pages, kv_heads, record_bytes] uint8` of one layer.
-    scale: softmax scale. branches: to be joined by the caller; large and small tiles run beside each other and beside what the
-    caller launches next. None: one after another. Raises ValueError for wrong shapes.
+    scale: softmax scale. Raises ValueError for wrong shapes.
     """
-    _check(q, records, layout, work)
-    # A decode graph launches kernels for whatever the lists of a replay may hold.
-    tiles = work.tiles.both(work.grid.possible_tiles(len(q)))
-    if tiles.expanded and layout.fmt.kind != "bf16":
-        _expand(records, layout, work)
-    if tiles.large:
-        # One of these takes an SM for itself: it must come before the many programs of the others, which would fill all of them.
-        with branches.fork("large", first=True) if branches else nullcontext():
-            _large_tiles(q, records, layout, work, scale)
-    if tiles.small:
-        with branches.fork("small") if branches else nullcontext():
-            _small_tiles(q, records, layout, work, scale)
-
-
-def _expand(records: torch.Tensor, layout: PageLayout, work: Work) -> None:
-    """Pages that more than a few large tiles read, into the scratch."""
     from .kernel_expand import expand_pages
-
-    grid, heads = work.grid, work.kv_heads
-    programs = grid.large * heads * _EXPAND_PER_SM
-    expand_pages[(programs,)](
-        records, work.words, work.scratch, *records.stride()[:2], heads, D=layout.head_dim, KIND=layout.fmt.kind, **expand_constants(layout),
-        FIRST=grid.sections(work.max_rows).expand, PROGRAMS=programs, num_warps=4,
-    )  # fmt: skip
-
-
-def _large_tiles(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
     from .kernel_hopper import attend_hopper
     from .kernel_large import attend_large
+    from .kernel_small import attend_small
 
-    grid, heads, first = work.grid, work.kv_heads, work.grid.sections(work.max_rows).large
-    pages = records.view(torch.bfloat16) if layout.fmt.kind == "bf16" else work.scratch
-    shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "FIRST": first, "PROGRAMS": grid.large}
-    outs = work.words, work.part_o, work.part_lse
+    _check(q, records, layout, work)
+    grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
+    at = grid.sections(work.max_rows)
+    parts = (work.part_o, work.part_lse)
+    shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
+    if work.tiles.small:
+        attend_small[(grid.small * heads,)](
+            q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **small_constants(layout), ROWS=grid.small_tile,
+            FIRST=at.small, PROGRAMS=grid.small, **_SMALL, **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
+        )  # fmt: skip
+    if not work.tiles.large:
+        return
+    if kind == "bf16":
+        pages = records.view(torch.bfloat16)
+    else:
+        pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
+        if work.tiles.expanded:
+            expand_pages[(programs,)](
+                records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **expand_constants(layout),
+                FIRST=at.expand, PROGRAMS=programs, num_warps=4,
+            )  # fmt: skip
     if is_hopper(q.device):
         attend_hopper[(grid.large * heads,)](
-            q, records, pages, *outs, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, **shape, **hopper_constants(layout), **_HOPPER,
+            q, records, pages, work.words, *parts, *records.stride()[:2], *pages.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1],
+            GROUP=grid.group, D=layout.head_dim, FIRST=at.large, PROGRAMS=grid.large, **hopper_constants(layout), **_HOPPER,
         )  # fmt: skip
     else:
         attend_large[(grid.large * heads,)](
-            q, pages, *outs, *pages.stride()[:2], scale * LOG2_E, **shape, PTX=q.is_cuda, ROWS=LARGE_ROWS, **_LARGE,
+            q, pages, work.words, *parts, *pages.stride()[:2], scale * LOG2_E, **shape, FIRST=at.large, PROGRAMS=grid.large,
+            ROWS=LARGE_ROWS, **_LARGE,
         )  # fmt: skip
-
-
-def _small_tiles(q: torch.Tensor, records: torch.Tensor, layout: PageLayout, work: Work, scale: float) -> None:
-    from .kernel_small import attend_small
-
-    grid, heads, first = work.grid, work.kv_heads, work.grid.sections(work.max_rows).small
-    attend_small[(grid.small * heads,)](
-        q, records, work.words, work.part_o, work.part_lse, *records.stride()[:2], scale * LOG2_E, Q_HEADS=q.shape[1], GROUP=grid.group,
-        D=layout.head_dim, PTX=q.is_cuda, **small_constants(layout), ROWS=grid.small_tile, FIRST=first, PROGRAMS=grid.small, **_SMALL,
-        **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
-    )  # fmt: skip
 
 
 def merge(

@@ -37,7 +37,7 @@ class DevicePlan:
         self._tier, self._q_heads, self.graph = tier, q_heads, graph
         self.layout = tier.codecs[0].layout
         self._device = tier.records[0].device
-        self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device, beside_dense=graph)
+        self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
         self.tokens_read = self.tokens_attended = 0
         self._batch: tuple[list[PackedRun], list[int]] | None = None  # planned last: _lists, _parts, for _rows rows
         self._uploaded = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,7 @@ from sgl_hq.attention.hq_radix_attention import DenseState
 from sgl_hq.attention.merge import merge
 from sgl_hq.attention.plan import PackedPlan, make_plan
 from sgl_hq.config import HQConfigError
-from sgl_hq.kernels.grouped_attention.branches import Branches
+from sgl_hq.kernels.grouped_attention.side_stream import SideStream
 from sgl_hq.page_format import PageLayout
 from sgl_hq.pool.sizing import KVShape, TierSizes
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
@@ -168,11 +169,11 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         out, forward_batch._attn_output = getattr(forward_batch, "_attn_output", None), None
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Forking costs host time: nothing in a graph, but in an eager forward the GPU would wait for it.
-        branches = self._branches if self._plan.graph else None
-        layer.attend_packed(q, self._plan, self.token_to_kv_pool, branches)
+        with self._side_stream.fork() if self._plan.graph else nullcontext():
+            layer.attend_packed(q, self._plan, self.token_to_kv_pool)
         state = dense(q, k, v, layer, forward_batch, save_kv_cache)
-        if branches is not None:
-            branches.join()
+        if self._plan.graph:
+            self._side_stream.join()
         return layer.join_packed(q, state, self._plan, self.token_to_kv_pool, out)
 
     def _decode_dense(self, q, k, v, layer, forward_batch, save_kv_cache: bool) -> None:
@@ -213,7 +214,7 @@ class HQGPUAttnBackendMixin(HQAttnBackendMixin):
         self._q_heads = q_heads
         self._graph_plan = None  # made when SGLang asks for graph buffers
         self._eager_plan = _eager_plan(self.token_to_kv_pool.packed, q_heads, eager_rows)
-        self._branches = Branches(req_to_token.device)
+        self._side_stream = SideStream(req_to_token.device)
         self._dense_view = DenseView(req_to_token.shape[1], req_to_token.device)
 
 

@@ -11,7 +11,6 @@ from sgl_hq.attention.device_plan import DevicePlan
 from sgl_hq.attention.merge import empty_state, merge_into
 from sgl_hq.attention.plan import PackedPlan
 from sgl_hq.kernels.grouped_attention import attend_group
-from sgl_hq.kernels.grouped_attention.branches import Branches
 from sgl_hq.kernels.grouped_attention.launcher import grouped_attention, merge
 from sgl_hq.kernels.grouped_attention.launcher_dense import dense_attention
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
@@ -42,13 +41,12 @@ class HQRadixAttention(RadixAttention):
             merge_into(state, group.q_rows, attend_group(q[group.q_rows], k, v, self.scaling))
         return state
 
-    def attend_packed(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool, branches: Branches | None = None) -> None:
+    def attend_packed(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool) -> None:
         """On a GPU: partial states of the plan's rows over its packed pages, into the plan's buffers. No synchronisation.
 
-        q: [rows, q_heads, head_dim] bf16, contiguous, already rotated. branches: to be joined by the caller.
+        q: [rows, q_heads, head_dim] bf16, contiguous, already rotated.
         """
-        records = pool.packed.records[self.layer_id - pool.start_layer]
-        grouped_attention(q, records, plan.layout, plan.work, self.scaling, branches)
+        grouped_attention(q, pool.packed.records[self.layer_id - pool.start_layer], plan.layout, plan.work, self.scaling)
 
     def attend_dense(self, q: torch.Tensor, plan: DevicePlan, pool: HQTokenToKVPool) -> None:
         """On a GPU, in decode: the same over the dense pages that the plan has listed."""

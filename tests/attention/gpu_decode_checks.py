@@ -28,7 +28,7 @@ class Backend(HQGPUAttnBackendMixin, NoStockBackend):
     def __init__(self, harness: Harness) -> None:
         self.token_to_kv_pool, self.req_to_token_pool = harness.pool, harness.rows
         self._prepare(Q_HEADS, 64)
-        self._branches = SimpleNamespace(fork=lambda *_, **__: nullcontext(), join=lambda: None)
+        self._side_stream = SimpleNamespace(fork=nullcontext, join=lambda: None)
         self.init_cuda_graph_state(MAX_BATCH, MAX_BATCH)
         self.forward_runs = lambda: ([1, 2, 3], harness.runs)
 

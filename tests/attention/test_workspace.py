@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -46,14 +47,17 @@ def test_only_graphs_fork_and_the_packed_part_comes_first(graph):
     def call(name, result=None):
         return lambda *_: (seen.append(name), result)[1]
 
-    def attend(_q, _plan, _pool, branches):
-        seen.append("attend" if branches is None else "attend in branches")
+    @contextmanager
+    def fork():
+        seen.append("fork")
+        yield
+        seen.append("packed part launched")
 
     q = torch.zeros(3, 2 * 8)
-    layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=8, v_head_dim=8, attend_packed=attend, join_packed=call("merge", q))
+    layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=8, v_head_dim=8, attend_packed=call("attend"), join_packed=call("merge", q))
     backend = HQGPUAttnBackendMixin()
     backend._plan, backend.token_to_kv_pool = SimpleNamespace(graph=graph), None
-    backend._branches = SimpleNamespace(join=call("join"))
+    backend._side_stream = SimpleNamespace(fork=fork, join=call("join"))
     dense = call("dense")
     assert backend._forward(None, dense, q, q, q, layer, SimpleNamespace(), True) is q
-    assert seen == (["attend in branches", "dense", "join", "merge"] if graph else ["attend", "dense", "merge"])
+    assert seen == (["fork", "attend", "packed part launched", "dense", "join", "merge"] if graph else ["attend", "dense", "merge"])

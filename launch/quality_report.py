@@ -55,7 +55,9 @@ def write(docs: Path) -> None:
 def _rows_by_model(results: Path) -> dict[str, list[Row]]:
     """Rows of every format, smallest first. A format measured twice: the run of the later date counts."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for result in sorted((json.loads(path.read_text()) for path in results.glob("*.json")), key=lambda r: r["date"]):
+    written = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    gates = [result for result in written if isinstance(result, dict) and "gate_version" in result]  # others are benchmarks
+    for result in sorted(gates, key=lambda r: r["date"]):
         for row in result.get("formats", [result]):
             found[Path(result["model"]).name][row["format"]] = row
     if not found:

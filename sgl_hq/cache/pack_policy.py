@@ -18,12 +18,7 @@ def add_user(users: tuple[str, ...], request_id: str) -> tuple[str, ...]:
 
 
 def wants_pack(policy: str, users: tuple[str, ...]) -> bool:
-    """True when `policy` packs a node used by `users` at once; `pressure` packs only in place of eviction."""
+    """True when `policy` packs a node used by `users` at once. Eviction packs under every policy, for `pressure` it alone does."""
     if policy == "shared":
         return len(users) >= USERS_THAT_SHARE
     return policy == "insert"
-
-
-def demotes(policy: str) -> bool:
-    """True when eviction packs a cold dense node, if there is room, instead of dropping it."""
-    return policy == "pressure"

@@ -6,6 +6,9 @@ with the stock allocator (design.md section 0.1; `invariant_checker.py` `_check_
 
 Packing is prefix-closed: a node is packed only below packed nodes, hence every request reads a packed leading run
 followed by a dense rest. Nothing here depends on clocks or set order, so tensor-parallel ranks decide alike.
+
+The policy says when a page is packed while there is room. When the dense tier is short, cold nodes are packed under every
+policy, and a page is dropped only if it is the least valuable of both tiers and the packed tier is full.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
 from sgl_hq.cache import pack_policy
 from sgl_hq.cache.live_requests import LiveRequests
+from sgl_hq.cache.packed_room import Room, find_room
 from sgl_hq.kernels.page_codec import UnpackablePageError
 from sgl_hq.metrics import PackedTierGauges
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
@@ -38,11 +42,13 @@ from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
 @dataclass
 class PackCounters:
-    """Totals since start."""
+    """Totals since start. `pages_demoted`, part of `pages_packed`: packed because the dense tier was short."""
 
     nodes_packed: int = 0
     pages_packed: int = 0
+    pages_demoted: int = 0
     pages_dropped: int = 0
+    dense_pages_dropped: int = 0
     refused_no_room: int = 0
     refused_unpackable: int = 0
 
@@ -117,13 +123,24 @@ class PackingRadixCache(RadixCache):
         assert node.id not in self._pages_of and (node.parent is self.root_node or node.parent.id in self._pages_of)
         if node.id in self._unpackable:
             return False
-        starts_sequence = node.parent is self.root_node
-        if not self._make_room(len(node.key) // self.page_size, starts_sequence):
+        room = self._room_for(node, self._eviction_key(node))
+        if room.pages * self.page_size < len(node.key):
             self.counters.refused_no_room += 1
             return False
+        return self._pack_into(room, node)
+
+    def _room_for(self, node: TreeNode, key: tuple) -> Room:
+        """Room in the packed tier for `node`, to which nodes give way whose eviction key is before `key`."""
+        pages, starts_sequence = len(node.key) // self.page_size, node.parent is self.root_node
+        return find_room(self._packed, pages, starts_sequence, self.evictable_leaves, self._pages_of, self._eviction_key, key)
+
+    def _pack_into(self, room: Room, node: TreeNode) -> bool:
+        """`room` holds all of `node`; its victims are lost."""
+        for victim in room.victims:
+            self._drop(victim)
         dense_slots = node.value
         try:
-            pages = self._pool.pack_pages(dense_slots, starts_sequence)
+            pages = self._pool.pack_pages(dense_slots, node.parent is self.root_node)
         except UnpackablePageError:
             self._unpackable.add(node.id)
             self.counters.refused_unpackable += 1
@@ -154,17 +171,6 @@ class PackingRadixCache(RadixCache):
             tokens += len(n.key)
         return PackedRun(tuple(segments), tokens)
 
-    def _make_room(self, pages: int, needs_sink: bool) -> bool:
-        """Drop least recently used packed leaves until `pages` fit. Their bytes are nowhere else: this is a real loss."""
-        if pages > self._packed.sizes.packed_pages:
-            return False
-        while not self._packed.has_room(pages, needs_sink):
-            leaves = [n for n in self.evictable_leaves if n.id in self._pages_of]
-            if not leaves:
-                return False
-            self._drop(min(leaves, key=self._eviction_key))
-        return True
-
     # ---- eviction ------------------------------------------------------------------------------------------------
 
     def evict(self, params: EvictParams) -> EvictResult:
@@ -177,32 +183,40 @@ class PackingRadixCache(RadixCache):
         freed = 0
         while freed < params.num_tokens and heap:
             _, leaf = heapq.heappop(heap)
-            parent, tokens = leaf.parent, self._demote(leaf)
-            if not tokens:
-                tokens = len(leaf.key)
-                self._drop(leaf)
-                if parent in self.evictable_leaves and parent.id not in self._pages_of:
-                    heapq.heappush(heap, (self._eviction_key(parent), parent))
-            freed += tokens
+            freed += self._demote(leaf, params.num_tokens - freed)
+            if freed >= params.num_tokens or leaf.id in self._pages_of:
+                continue
+            parent = leaf.parent
+            freed += len(leaf.key)
+            self._drop(leaf)
+            if parent in self.evictable_leaves and parent.id not in self._pages_of:
+                heapq.heappush(heap, (self._eviction_key(parent), parent))
         self.update_eviction_metrics(freed, start_time)
         return EvictResult(num_tokens_evicted=freed)
 
-    def _demote(self, leaf: TreeNode) -> int:
-        """Pack `leaf` and its dense ancestors instead of dropping it; returns the dense tokens freed, 0 if impossible."""
-        if not pack_policy.demotes(self._pack_when):
-            return 0
-        chain = [n for n in self._path(leaf) if n.id not in self._pages_of]
-        pages = sum(len(n.key) for n in chain) // self.page_size
-        if any(n.lock_ref or n.id in self._unpackable for n in chain):
-            return 0
-        if not self._make_room(pages, chain[0].parent is self.root_node):
-            self.counters.refused_no_room += 1
-            return 0
-        freed = 0
-        for n in chain:
-            if not self.pack(n):
+    def _demote(self, leaf: TreeNode, wanted: int) -> int:
+        """Pack the dense part of the path to `leaf`, from the top, until `wanted` dense tokens are free; returns how many are.
+
+        Packed leaves that were to be evicted before `leaf` give way. A node that does not fit is split, so that the pages
+        nearest to the root, which most requests can use, stay. Ancestors that running requests hold are packed too: no
+        page of the tree is written again, except by a forward that is under way, and packing runs behind that.
+        """
+        freed, key = 0, self._eviction_key(leaf)
+        for node in [n for n in self._path(leaf) if n.id not in self._pages_of]:
+            if freed >= wanted or node.id in self._unpackable:
                 break
-            freed += len(n.key)
+            room = self._room_for(node, key)
+            if not room.pages:
+                self.counters.refused_no_room += 1
+                break
+            fits = room.pages * self.page_size
+            top = node if fits == len(node.key) else self._split_node(node.key, node, fits)
+            if not self._pack_into(room, top):
+                break
+            self.counters.pages_demoted += room.pages
+            freed += fits
+            if top is not node:
+                break
         return freed
 
     def _drop(self, leaf: TreeNode) -> None:
@@ -210,6 +224,7 @@ class PackingRadixCache(RadixCache):
         pages = self._pages_of.get(leaf.id)
         if pages is None:
             self.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
+            self.counters.dense_pages_dropped += len(leaf.key) // self.page_size
         else:
             self._packed.free(pages)
             self.counters.pages_dropped += len(pages)

@@ -1,221 +1,14 @@
-"""Bookkeeping of both tiers against SGLang's real RadixCache, allocator and ReqToTokenPool, as a hypothesis machine.
-
-After every step: SGLang's leak invariant over the dense tier, books of the packed tier, and the K values every live
-request would read, through (packed run, dense rest) with the rows below the packed run left stale, are its own tokens'.
-"""
+"""The bookkeeping machine (tests/two_tier_machine.py) with random steps, and with mistakes planted that it must find."""
 
 from __future__ import annotations
 
-import os
-from array import array
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sgl_hq.config import HQConfig
 from sgl_hq.kernels.page_codec import EscapeOverflowError, NonFiniteError
-from sgl_hq.page_format import PAGE_TOKENS as P
-
-ROWS, DENSE_PAGES, MAX_TOKENS = 8, 24, 12 * P
-HEADS, DIM = 1, 8
-
-
-class Request:
-    """The fields of SGLang's Req that the cache reads."""
-
-    extra_key, priority = None, 0
-
-    def __init__(self, rid: str, tokens: list[int]):
-        self.rid, self.tokens = rid, tokens
-        self.origin_input_ids, self.output_ids = array("q", tokens), array("q")
-        self.req_pool_idx, self.kv_committed_len, self.inflight_middle_chunks = None, 0, 0
-
-    def get_fill_ids(self):
-        return (self.origin_input_ids + self.output_ids)[: self.filled]
-
-
-class TwoTierMachine(RuleBasedStateMachine):
-    @initialize(pack=st.sampled_from(["shared", "insert", "pressure"]), packed_fraction=st.sampled_from([0.2, 0.5, 0.7]))
-    def start(self, pack, packed_fraction):
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-
-        from sgl_hq.cache.packing_radix_cache import PackingRadixCache
-        from sgl_hq.platform_cpu.allocator import CPUPagedAllocator
-        from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
-
-        with patch.dict(os.environ, HQConfig("bf16", pack, packed_fraction).to_env()):
-            self.pool = HQTokenToKVPool(
-                DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=1, device="cpu",
-                enable_memory_saver=False,
-            )
-        self.allocator = CPUPagedAllocator(
-            DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, device="cpu", kvcache=self.pool, need_sort=False
-        )
-        self.rows = ReqToTokenPool(ROWS, MAX_TOKENS + P, "cpu", False)
-        self.tree = PackingRadixCache(
-            CacheInitParams(disable=False, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator, page_size=P),
-            self.pool, pack,
-        )
-        self.live: list[Request] = []
-        self.serial = 0
-        # What eviction and packing leave behind must never be read: fill it with NaN (dense slots are poisoned when freed).
-        stock_release = self.allocator._release_page_ids
-
-        def poison_and_release(*page_ids):
-            for pages in page_ids:
-                slots = (pages[:, None] * P + torch.arange(P)).flatten()
-                self.pool.k_buffer[0][slots] = float("nan")
-            stock_release(*page_ids)
-
-        self.allocator._release_page_ids = poison_and_release
-
-    # ---- what the scheduler does -------------------------------------------------------------------------------
-
-    @precondition(lambda self: len(self.live) < ROWS)
-    @rule(family=st.integers(0, 3), shared_pages=st.integers(0, 6), own=st.integers(1, 2 * P), salt=st.integers(0, 3))
-    def arrive(self, family, shared_pages, own, salt):
-        """Prefill a request: match, lock, allocate, write, insert (SGLang's PrefillAdder, alloc_for_extend, result)."""
-        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-        from sglang.srt.mem_cache.radix_cache import RadixKey
-
-        tokens = [family * 1000 + i for i in range(shared_pages * P)] + [5000 + salt * 200 + i for i in range(own)]
-        self.serial += 1
-        req = Request(f"r{self.serial}", tokens)
-        match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens[:-1]))))
-        req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
-        prefix = req.cache_protected_len = len(req.prefix_indices)
-        self.tree.inc_lock_ref(req.last_node)
-        if not self._fits(-(-len(tokens) // P) - prefix // P):
-            self.tree.dec_lock_ref(req.last_node)
-            return
-        self.rows.alloc([req])
-        self._extend(req, prefix, len(tokens))
-        self.tree.on_rows_allocated([req])
-        self._write(req, prefix, len(tokens))
-        self.tree.cache_unfinished_req(req)
-        self.live.append(req)
-
-    @precondition(lambda self: self.live)
-    @rule(pick=st.integers(0, 99), steps=st.integers(1, P), token=st.integers(0, 3))
-    def decode(self, pick, steps, token):
-        req = self.live[pick % len(self.live)]
-        for _ in range(steps):
-            if req.allocated >= MAX_TOKENS:
-                return
-            if req.allocated % P == 0 and not self._fits(1):
-                return self._leave(req, insert=False)  # retraction
-            seq_lens = torch.tensor([req.allocated + 1])
-            row = self.rows.req_to_token[req.req_pool_idx]
-            row[req.allocated] = self.allocator.alloc_decode(seq_lens, seq_lens, row[req.allocated - 1 : req.allocated].long())[0]
-            req.output_ids.append(9000 + token)
-            req.tokens = req.tokens + [9000 + token]
-            req.allocated = req.filled = req.allocated + 1
-            self._write(req, req.allocated - 1, req.allocated)
-
-    @precondition(lambda self: self.live)
-    @rule(pick=st.integers(0, 99), insert=st.booleans())
-    def leave(self, pick, insert):
-        """Finish (insert) or abort and retraction (no insert)."""
-        self._leave(self.live[pick % len(self.live)], insert)
-
-    @rule(pages=st.integers(1, 10))
-    def evict(self, pages):
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
-        evictable = self.tree.evictable_size()
-        before = self.allocator.available_size()
-        self.tree.evict(EvictParams(num_tokens=pages * P))
-        assert self.allocator.available_size() - before >= min(pages * P, evictable), "evict gave less than promised"
-
-    @precondition(lambda self: not self.live)
-    @rule()
-    def flush(self):
-        self.tree.reset()
-        self.rows.clear()
-        self.allocator.clear()
-
-    # ---- invariants ----------------------------------------------------------------------------------------------
-
-    @invariant()
-    def no_token_is_lost(self):
-        uncached = sum(-(-r.allocated // P) * P - r.cache_protected_len for r in self.live)
-        total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + uncached
-        assert total == DENSE_PAGES * P, (total, DENSE_PAGES * P)
-        free = self.allocator.free_pages.tolist()
-        assert len(set(free)) == len(free)
-        self.tree.check_books()
-        assert len(self.tree.live) == len(self.live)
-
-    @invariant()
-    def every_request_reads_its_own_tokens(self):
-        for req in self.live:
-            run = self.tree.live.run(req.req_pool_idx)
-            parts = []
-            for segment in run.segments:
-                k, _ = self.pool.packed.read(0, torch.tensor(segment.pages), segment.pages[0])
-                parts.append(k[0, :, 0].clone())  # `read` reuses its buffers
-            slots = self.rows.req_to_token[req.req_pool_idx, run.tokens : req.allocated].long()
-            parts.append(self.pool.k_buffer[0][slots, 0, 0])
-            assert torch.equal(torch.cat(parts), _values(req.tokens, 0, req.allocated)), f"{req.rid} reads foreign KV"
-
-    def teardown(self):
-        if not hasattr(self, "live"):
-            return
-        while self.live:
-            self._leave(self.live[-1], insert=True)
-        self.no_token_is_lost()
-        assert self.tree.protected_size() == 0 and len(self.rows.free_slots) == ROWS
-
-    # ---- helpers -------------------------------------------------------------------------------------------------
-
-    def _fits(self, pages: int) -> bool:
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
-        if self.allocator.available_size() + self.tree.evictable_size() < pages * P:
-            return False
-        short = pages * P - self.allocator.available_size()
-        if short > 0:
-            self.tree.evict(EvictParams(num_tokens=short))
-        return True
-
-    def _extend(self, req, prefix, end):
-        one = lambda x: torch.tensor([x])
-        last = req.prefix_indices[-1:] if prefix else torch.tensor([-1])
-        slots = self.allocator.alloc_extend(one(prefix), one(prefix), one(end), one(end), last, end - prefix)
-        row = self.rows.req_to_token[req.req_pool_idx]
-        row[:prefix] = req.prefix_indices.int()  # becomes stale when the prefix is packed: must be harmless
-        row[prefix:end] = slots.int()
-        req.allocated = req.filled = end
-
-    def _write(self, req, start, end):
-        slots = self.rows.req_to_token[req.req_pool_idx, start:end].long()
-        assert (slots < self.pool.packed_base).all(), "a packed id would be written as a dense slot"
-        self.pool.k_buffer[0][slots, 0, 0] = _values(req.tokens, start, end)
-        self.pool.k_buffer[0][slots, 0, 1:] = 0
-
-    def _leave(self, req, insert):
-        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.allocated)
-        self.tree.live.unregister(req)
-        self.rows.free(req)
-        self.live.remove(req)
-
-
-def _values(tokens, start, end):
-    """A bf16 bit pattern per position that depends on the whole prefix, as real K does; finite, exact in bf16."""
-    import zlib
-
-    out, running = [], 0
-    for token in tokens[:end]:
-        running = zlib.crc32(token.to_bytes(4, "little"), running)
-        out.append(running & 0x3FFF)  # below 0x7f80: finite
-    return torch.tensor(out[start:end], dtype=torch.int16).view(torch.bfloat16)
-
+from two_tier_machine import TwoTierMachine
 
 TestTwoTierMachine = TwoTierMachine.TestCase
 TestTwoTierMachine.settings = settings(
@@ -290,10 +83,173 @@ def _packs_out_of_order(monkeypatch, tree_class):
     monkeypatch.setattr(tree_class, "packed_run", run)
 
 
-@pytest.mark.parametrize(
-    "mutate",
-    [_keeps_dense_pages, _counts_packed_as_dense, _forgets_epoch, _splits_without_pages, _drops_without_freeing, _packs_out_of_order],
-)
+def _frees_dense_pages_twice(monkeypatch, tree_class):
+    original = tree_class._pack_into
+
+    def pack_into(self, room, node):
+        dense_slots = node.value
+        packed = original(self, room, node)
+        if packed:
+            self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
+        return packed
+
+    monkeypatch.setattr(tree_class, "_pack_into", pack_into)
+
+
+def _drops_dense_without_freeing(monkeypatch, tree_class):
+    original = tree_class._drop
+
+    def drop(self, leaf):
+        if leaf.id not in self._pages_of:
+            return self._delete_leaf(leaf)
+        return original(self, leaf)
+
+    monkeypatch.setattr(tree_class, "_drop", drop)
+
+
+def _keeps_sinks(monkeypatch, tree_class):
+    from sgl_hq.pool.packed_tier import NO_SINK, PackedTier
+
+    original = PackedTier.free
+
+    def free(self, pages):
+        for page in pages:
+            self._sink_of_page[page] = NO_SINK
+        original(self, pages)
+
+    monkeypatch.setattr(PackedTier, "free", free)
+
+
+def _flush_keeps_packed_pages(monkeypatch, tree_class):
+    from sgl_hq.pool.packed_tier import PackedTier
+
+    original = PackedTier.clear
+    monkeypatch.setattr(PackedTier, "clear", lambda self: None if hasattr(self, "_free_pages") else original(self))
+
+
+def _takes_locked_for_evictable(monkeypatch, tree_class):
+    original = tree_class._pack_into
+
+    def pack_into(self, room, node):
+        locks, node.lock_ref = node.lock_ref, 0
+        try:
+            return original(self, room, node)
+        finally:
+            node.lock_ref = locks
+
+    monkeypatch.setattr(tree_class, "_pack_into", pack_into)
+
+
+def _forgets_leaves_on_unlock(monkeypatch, tree_class):
+    original = tree_class.dec_lock_ref
+
+    def dec_lock_ref(self, node, params=None):
+        self._update_leaf_status = lambda n: None
+        try:
+            return original(self, node, params)
+        finally:
+            del self._update_leaf_status
+
+    monkeypatch.setattr(tree_class, "dec_lock_ref", dec_lock_ref)
+
+
+def _room_with(monkeypatch, **changed):
+    """find_room with other arguments, each a function of the tree's call."""
+    from sgl_hq.cache import packing_radix_cache
+    from sgl_hq.cache.packed_room import find_room
+
+    names = ("tier", "pages", "needs_sink", "leaves", "pages_of", "key_of", "before")
+
+    def find(*args):
+        given = dict(zip(names, args, strict=True))
+        return find_room(**(given | {name: change(given) for name, change in changed.items()}))
+
+    monkeypatch.setattr(packing_radix_cache, "find_room", find)
+
+
+def _drops_locked_packed_leaves(monkeypatch, tree_class):
+    original = tree_class._room_for
+
+    def room_for(self, node, key):
+        self.locked = [n for n in _nodes(self) if n.id in self._pages_of and not n.children]
+        return original(self, node, key)
+
+    monkeypatch.setattr(tree_class, "_room_for", room_for)
+    _room_with(monkeypatch, leaves=lambda given: given["key_of"].__self__.locked)
+
+
+def _drops_parents_before_children(monkeypatch, tree_class):
+    original = tree_class._room_for
+
+    def room_for(self, node, key):
+        room = original(self, node, key)
+        return room._replace(victims=room.victims[::-1])
+
+    monkeypatch.setattr(tree_class, "_room_for", room_for)
+
+
+def _no_packed_page_gives_way(monkeypatch, tree_class):
+    _room_with(monkeypatch, before=lambda given: (float("-inf"), -1))
+
+
+def _counts_a_victim_too_many(monkeypatch, tree_class):
+    original = tree_class._room_for
+
+    def room_for(self, node, key):
+        room = original(self, node, key)
+        return room._replace(victims=room.victims[:-1])
+
+    monkeypatch.setattr(tree_class, "_room_for", room_for)
+
+
+def _drops_instead_of_demoting(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted: 0)
+
+
+def _demotes_below_dense_nodes(monkeypatch, tree_class):
+    original = tree_class._demote
+
+    def demote(self, leaf, wanted):
+        path = self._path
+        self._path = lambda node: path(node)[-1:] if node is leaf else path(node)
+        try:
+            return original(self, leaf, wanted)
+        finally:
+            del self._path
+
+    monkeypatch.setattr(tree_class, "_demote", demote)
+
+
+def _demotes_whole_nodes_only(monkeypatch, tree_class):
+    original = tree_class._room_for
+
+    def room_for(self, node, key):
+        room = original(self, node, key)
+        return room if room.pages * self.page_size == len(node.key) else room._replace(pages=0, victims=[])
+
+    monkeypatch.setattr(tree_class, "_room_for", room_for)
+
+
+def _promises_more_than_it_frees(monkeypatch, tree_class):
+    original = tree_class._demote
+    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted: 2 * original(self, leaf, wanted))
+
+
+def _nodes(tree):
+    stack = list(tree.root_node.children.values())
+    while stack:
+        yield (node := stack.pop())
+        stack.extend(node.children.values())
+
+
+FREE = [_keeps_dense_pages, _frees_dense_pages_twice, _drops_without_freeing, _drops_dense_without_freeing, _keeps_sinks, _flush_keeps_packed_pages]
+LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on_unlock, _drops_locked_packed_leaves]
+SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
+ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many]
+DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
+
+
+@pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *DEMOTE])
 def test_the_machine_catches_a_mutant(mutate, monkeypatch):
     from hypothesis import Phase
     from hypothesis.stateful import run_state_machine_as_test

@@ -1,0 +1,171 @@
+"""Bugs that other servers have had with shared KV pages, asked of ours: one lossy server, retraction forced every third step.
+
+Each test measures the log-probabilities of prompt tokens behind a shared prefix, which no earlier token of the answer can
+move, and compares them with those of the first, cold request. `int8` changes them by hundredths; pages of another prompt,
+of a freed slot or without their scales change them by whole nats. SGLang checks its own books in every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pydoc_data.topics
+import random
+
+import httpx
+import numpy as np
+import pytest
+
+from sgl_hq.launch.server_process import ServerProcess
+from sgl_hq.page_format import PAGE_TOKENS
+
+ENVIRONMENT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1", "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "3",
+}  # fmt: skip
+ARGS = ["--hq-format", "int8", "--hq-allow-ungated", "--max-total-tokens", "4096", "--chunked-prefill-size", "128", "--grammar-backend", "none"]
+TAIL_TOKENS = 24
+# Mean |difference| of log-probabilities: int8 and other batches stay near 0.02, a foreign prefix is beyond 1.
+SAME = 0.15
+TOPICS = ("assignment", "class", "try", "import", "function", "with", "for", "operator-summary")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0, start_timeout_s=600) as server:
+        yield server
+        log = server.log_text()
+        assert "leak" not in log.lower() and "Traceback" not in log, log[-3000:]
+
+
+@pytest.fixture(scope="module")
+def texts(model) -> list[list[int]]:
+    """Token ids of texts that begin differently."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    return [tokenizer(pydoc_data.topics.topics[name])["input_ids"] for name in TOPICS]
+
+
+def _body(tokens: list[int], new_tokens: int = 1, rid: str | None = None) -> dict:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return {"input_ids": tokens, "return_logprob": True, "logprob_start_len": len(tokens) - TAIL_TOKENS, "sampling_params": sampling, "rid": rid}
+
+
+def _tail(answer: httpx.Response) -> np.ndarray:
+    """Log-probabilities of the last tokens of the prompt."""
+    answer.raise_for_status()
+    return np.array([entry[0] for entry in answer.json()["meta_info"]["input_token_logprobs"][1:]])
+
+
+def _ask(server, tokens: list[int]) -> np.ndarray:
+    return _tail(httpx.post(server.url + "/generate", json=_body(tokens), timeout=600))
+
+
+def _same(got: np.ndarray, cold: np.ndarray) -> bool:
+    assert len(got) == len(cold) == TAIL_TOKENS - 1
+    return float(np.abs(got - cold).mean()) < SAME
+
+
+def _state(server) -> dict:
+    return server.server_info()["internal_states"][0]["hq"]
+
+
+def test_the_measure_tells_a_foreign_prefix_from_the_own_one(server, texts):
+    """What the tests below rest on."""
+    server.flush_cache()
+    tail = texts[0][320 : 320 + TAIL_TOKENS]
+    own, foreign = _ask(server, texts[0][:320] + tail), _ask(server, texts[1][:320] + tail)
+    assert np.abs(own - foreign).mean() > 4 * SAME
+
+
+def test_vllm_50702_quantised_pages_in_a_full_pool(server, texts):
+    """vLLM #50702: a quantised KV cache, prefix caching and a pool that is 100 % used corrupted documents in the middle."""
+    server.flush_cache()
+    documents = [tokens[: 448 + TAIL_TOKENS + 8 * i] for i, tokens in enumerate(texts)]
+    cold = [_ask(server, document) for document in documents[:2]]
+    for document in documents[:2]:
+        assert _same(_ask(server, document), cold[documents.index(document)])  # packed now
+    for document in documents[2:] * 2:
+        _ask(server, document)
+    state = _state(server)
+    assert state["counters"]["pages_demoted"] > 0, "the dense tier was never short"
+    assert state["dense"]["tokens_free"] + state["packed"]["pages_free"] * PAGE_TOKENS < 1024, "the pool is not full"
+    for _ in range(2):
+        for i in (0, 1):
+            assert _same(_ask(server, documents[i]), cold[i])
+
+
+@pytest.mark.parametrize("shared", [PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1])
+def test_sglang_22819_a_prefix_of_exactly_one_page(server, texts, shared):
+    """SGLang #22819: wrong answers whenever the cached prefix was as long as a page, ten times of ten."""
+    server.flush_cache()
+    tails = [tokens[500 : 500 + TAIL_TOKENS] for tokens in texts[:3]]
+    cold = []
+    for tail in tails:
+        server.flush_cache()
+        cold.append(_ask(server, texts[3][:shared] + tail))
+    server.flush_cache()
+    for _ in range(3):
+        for tail, expected in zip(tails, cold):
+            assert _same(_ask(server, texts[3][:shared] + tail), expected)
+    assert _state(server)["packed"]["pages_used"] == shared // PAGE_TOKENS
+
+
+async def _post(client: httpx.AsyncClient, body: dict) -> httpx.Response:
+    return await client.post("/generate", json=body)
+
+
+async def _abandon(client: httpx.AsyncClient, body: dict, after_s: float) -> None:
+    """Close the connection `after_s` after the request was sent."""
+    task = asyncio.create_task(_post(client, body))
+    await asyncio.sleep(after_s)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_sglang_23392_cancel_and_retry_beside_unrelated_requests(server, texts):
+    """SGLang #23392: a shared prefix, a client that cancels after 15 or 19 ms and retries: unrelated requests were corrupted."""
+    server.flush_cache()
+    victims = [tokens[: 200 + TAIL_TOKENS] for tokens in texts[:3]]
+    cold = [_ask(server, tokens) for tokens in victims]
+    shared = texts[4][:256]
+
+    async def storm() -> list[httpx.Response]:
+        answers = []
+        async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+            for round_ in range(4):
+                reading = [asyncio.create_task(_post(client, _body(tokens, new_tokens=6))) for tokens in victims]
+                for after_s in (0.015, 0.019, 0.15):
+                    request = _body(shared + texts[5][round_ * 30 : round_ * 30 + 60], new_tokens=4)
+                    await _abandon(client, request, after_s)
+                    await _post(client, request)
+                answers += await asyncio.gather(*reading)
+        return answers
+
+    for i, answer in enumerate(asyncio.run(storm())):
+        assert _same(_tail(answer), cold[i % len(victims)])
+
+
+def test_sglang_38319_38355_retraction_behind_chunked_inserts(server, texts):
+    """SGLang #38319, #38355: a chunk of a prompt was inserted, then its request retracted, and pages that the tree still held
+    were freed; the prompts behind that prefix stayed wrong until the cache was flushed."""
+    server.flush_cache()
+    prompts = [tokens[: 480 + TAIL_TOKENS] for tokens in texts[:6]]  # four chunks each
+    cold = [_ask(server, tokens) for tokens in prompts]
+    server.flush_cache()
+
+    async def all_at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+            order = list(range(len(prompts))) * 2
+            random.Random(5).shuffle(order)
+            answers = await asyncio.gather(*(_post(client, _body(prompts[i], new_tokens=10)) for i in order))
+            return [answers[order.index(i)] for i in range(len(prompts))]
+
+    for answer, expected in zip(asyncio.run(all_at_once()), cold):
+        assert _same(_tail(answer), expected)
+    assert "Retract requests" in server.log_text() or "retract" in server.log_text().lower(), "nothing was retracted"
+    for tokens, expected in zip(prompts, cold):
+        assert _same(_ask(server, tokens), expected)
+    server.flush_cache()
+    state = _state(server)
+    assert state["dense"]["tokens_free"] == state["dense"]["tokens_total"] and state["packed"]["pages_used"] == 0

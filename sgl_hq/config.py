@@ -40,7 +40,8 @@ class HQConfig:
 
     format: `exact` (no page is transformed) or a page format that `page_format.check_format_name` knows.
     pack: when a dense page is packed: `shared` (a second request uses it), `insert` (as soon as it is in
-        the radix tree), `pressure` (only instead of being evicted).
+        the radix tree), `pressure` (only instead of being evicted, which
+        the other two do as well).
     packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1; `exact` uses none of it.
     page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
     allow_ungated: serve a format that loses bits without a passing record of the quality gate for this model.

@@ -39,6 +39,7 @@ def test_default_arguments_are_served():
         {"dllm_algorithm": "LowConfidence"}, {"enable_streaming_session": True}, {"enable_session_radix_cache": True},
         {"enable_unified_memory": True}, {"enable_page_major_kv_layout": True}, {"prefill_only_disable_kv_cache": True},
         {"enable_memory_saver": True}, {"enable_deterministic_inference": True}, {"disable_radix_cache": True},
+        {"kv_canary": "raise"},
         {"kv_cache_dtype": "fp8_e4m3"}, {"radix_cache_backend": "flexkv"}, {"page_size": 48}, {"page_size": 1},
     ],
     ids=lambda c: next(iter(c)),

@@ -33,7 +33,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
 from sgl_hq.cache import pack_policy
 from sgl_hq.cache.live_requests import LiveRequests
-from sgl_hq.cache.packed_room import Room, find_room
+from sgl_hq.cache.packed_room import PackedLeaves, Room
 from sgl_hq.kernels.page_codec import UnpackablePageError
 from sgl_hq.metrics import PackedTierGauges
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
@@ -123,16 +123,18 @@ class PackingRadixCache(RadixCache):
         assert node.id not in self._pages_of and (node.parent is self.root_node or node.parent.id in self._pages_of)
         if node.id in self._unpackable:
             return False
-        room = self._room_for(node, self._eviction_key(node))
+        room = self._room_for(node, self._eviction_key(node), self._packed_leaves())
         if room.pages * self.page_size < len(node.key):
             self.counters.refused_no_room += 1
             return False
         return self._pack_into(room, node)
 
-    def _room_for(self, node: TreeNode, key: tuple) -> Room:
+    def _packed_leaves(self) -> PackedLeaves:
+        return PackedLeaves(self._packed, self.evictable_leaves, self._pages_of, self._eviction_key)
+
+    def _room_for(self, node: TreeNode, key: tuple, leaves: PackedLeaves) -> Room:
         """Room in the packed tier for `node`, to which nodes give way whose eviction key is before `key`."""
-        pages, starts_sequence = len(node.key) // self.page_size, node.parent is self.root_node
-        return find_room(self._packed, pages, starts_sequence, self.evictable_leaves, self._pages_of, self._eviction_key, key)
+        return leaves.room(len(node.key) // self.page_size, node.parent is self.root_node, key)
 
     def _pack_into(self, room: Room, node: TreeNode) -> bool:
         """`room` holds all of `node`; its victims are lost."""
@@ -180,21 +182,22 @@ class PackingRadixCache(RadixCache):
         start_time = time.perf_counter()
         heap = [(self._eviction_key(n), n) for n in self.evictable_leaves if n.id not in self._pages_of]
         heapq.heapify(heap)
-        freed = 0
+        freed, packed_leaves = 0, self._packed_leaves()
         while freed < params.num_tokens and heap:
             _, leaf = heapq.heappop(heap)
-            freed += self._demote(leaf, params.num_tokens - freed)
+            freed += self._demote(leaf, params.num_tokens - freed, packed_leaves)
             if freed >= params.num_tokens or leaf.id in self._pages_of:
                 continue
             parent = leaf.parent
             freed += len(leaf.key)
             self._drop(leaf)
+            packed_leaves.add(parent)
             if parent in self.evictable_leaves and parent.id not in self._pages_of:
                 heapq.heappush(heap, (self._eviction_key(parent), parent))
         self.update_eviction_metrics(freed, start_time)
         return EvictResult(num_tokens_evicted=freed)
 
-    def _demote(self, leaf: TreeNode, wanted: int) -> int:
+    def _demote(self, leaf: TreeNode, wanted: int, packed_leaves: PackedLeaves) -> int:
         """Pack the dense part of the path to `leaf`, from the top, until `wanted` dense tokens are free; returns how many are.
 
         Packed leaves that were to be evicted before `leaf` give way. A node that does not fit is split, so that the pages
@@ -205,7 +208,7 @@ class PackingRadixCache(RadixCache):
         for node in [n for n in self._path(leaf) if n.id not in self._pages_of]:
             if freed >= wanted or node.id in self._unpackable:
                 break
-            room = self._room_for(node, key)
+            room = self._room_for(node, key, packed_leaves)
             if not room.pages:
                 self.counters.refused_no_room += 1
                 break
@@ -217,6 +220,7 @@ class PackingRadixCache(RadixCache):
             freed += fits
             if top is not node:
                 break
+        packed_leaves.add(leaf)
         return freed
 
     def _drop(self, leaf: TreeNode) -> None:

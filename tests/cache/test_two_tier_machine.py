@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from sgl_hq.kernels.page_codec import EscapeOverflowError, NonFiniteError
+from sgl_hq.page_format import PAGE_TOKENS
 from two_tier_machine import TwoTierMachine
 
 TestTwoTierMachine = TwoTierMachine.TestCase
@@ -153,67 +154,53 @@ def _forgets_leaves_on_unlock(monkeypatch, tree_class):
     monkeypatch.setattr(tree_class, "dec_lock_ref", dec_lock_ref)
 
 
-def _room_with(monkeypatch, **changed):
-    """find_room with other arguments, each a function of the tree's call."""
-    from sgl_hq.cache import packing_radix_cache
-    from sgl_hq.cache.packed_room import find_room
-
-    names = ("tier", "pages", "needs_sink", "leaves", "pages_of", "key_of", "before")
-
-    def find(*args):
-        given = dict(zip(names, args, strict=True))
-        return find_room(**(given | {name: change(given) for name, change in changed.items()}))
-
-    monkeypatch.setattr(packing_radix_cache, "find_room", find)
-
-
 def _drops_locked_packed_leaves(monkeypatch, tree_class):
+    from sgl_hq.cache.packed_room import PackedLeaves
+
+    def packed_leaves(self):
+        leaves = [n for n in _nodes(self) if not n.children]
+        return PackedLeaves(self._packed, leaves, self._pages_of, self._eviction_key)
+
+    monkeypatch.setattr(tree_class, "_packed_leaves", packed_leaves)
+
+
+def _changes_rooms(monkeypatch, tree_class, change):
     original = tree_class._room_for
-
-    def room_for(self, node, key):
-        self.locked = [n for n in _nodes(self) if n.id in self._pages_of and not n.children]
-        return original(self, node, key)
-
-    monkeypatch.setattr(tree_class, "_room_for", room_for)
-    _room_with(monkeypatch, leaves=lambda given: given["key_of"].__self__.locked)
+    monkeypatch.setattr(tree_class, "_room_for", lambda self, node, *rest: change(original(self, node, *rest), node))
 
 
 def _drops_parents_before_children(monkeypatch, tree_class):
-    original = tree_class._room_for
-
-    def room_for(self, node, key):
-        room = original(self, node, key)
-        return room._replace(victims=room.victims[::-1])
-
-    monkeypatch.setattr(tree_class, "_room_for", room_for)
+    _changes_rooms(monkeypatch, tree_class, lambda room, node: room._replace(victims=room.victims[::-1]))
 
 
 def _no_packed_page_gives_way(monkeypatch, tree_class):
-    _room_with(monkeypatch, before=lambda given: (float("-inf"), -1))
+    original = tree_class._room_for
+    first = (float("-inf"), -1)
+    monkeypatch.setattr(tree_class, "_room_for", lambda self, node, key, leaves: original(self, node, first, leaves))
+
+
+def _forgets_what_it_has_just_packed(monkeypatch, tree_class):
+    from sgl_hq.cache.packed_room import PackedLeaves
+
+    monkeypatch.setattr(PackedLeaves, "add", lambda self, leaf: None)
 
 
 def _counts_a_victim_too_many(monkeypatch, tree_class):
-    original = tree_class._room_for
-
-    def room_for(self, node, key):
-        room = original(self, node, key)
-        return room._replace(victims=room.victims[:-1])
-
-    monkeypatch.setattr(tree_class, "_room_for", room_for)
+    _changes_rooms(monkeypatch, tree_class, lambda room, node: room._replace(victims=room.victims[:-1]))
 
 
 def _drops_instead_of_demoting(monkeypatch, tree_class):
-    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted: 0)
+    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted, leaves: 0)
 
 
 def _demotes_below_dense_nodes(monkeypatch, tree_class):
     original = tree_class._demote
 
-    def demote(self, leaf, wanted):
+    def demote(self, leaf, wanted, leaves):
         path = self._path
         self._path = lambda node: path(node)[-1:] if node is leaf else path(node)
         try:
-            return original(self, leaf, wanted)
+            return original(self, leaf, wanted, leaves)
         finally:
             del self._path
 
@@ -221,18 +208,14 @@ def _demotes_below_dense_nodes(monkeypatch, tree_class):
 
 
 def _demotes_whole_nodes_only(monkeypatch, tree_class):
-    original = tree_class._room_for
+    from sgl_hq.cache.packed_room import Room
 
-    def room_for(self, node, key):
-        room = original(self, node, key)
-        return room if room.pages * self.page_size == len(node.key) else room._replace(pages=0, victims=[])
-
-    monkeypatch.setattr(tree_class, "_room_for", room_for)
+    _changes_rooms(monkeypatch, tree_class, lambda room, node: room if room.pages * PAGE_TOKENS == len(node.key) else Room(0, []))
 
 
 def _promises_more_than_it_frees(monkeypatch, tree_class):
     original = tree_class._demote
-    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted: 2 * original(self, leaf, wanted))
+    monkeypatch.setattr(tree_class, "_demote", lambda self, *args: 2 * original(self, *args))
 
 
 def _nodes(tree):
@@ -245,7 +228,7 @@ def _nodes(tree):
 FREE = [_keeps_dense_pages, _frees_dense_pages_twice, _drops_without_freeing, _drops_dense_without_freeing, _keeps_sinks, _flush_keeps_packed_pages]
 LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on_unlock, _drops_locked_packed_leaves]
 SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
-ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many]
+ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many, _forgets_what_it_has_just_packed]
 DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
 
 

@@ -75,6 +75,19 @@ def test_a_packed_leaf_does_not_give_way_to_an_older_dense_one():
     _is_sound(machine)
 
 
+def test_a_leaf_packed_a_moment_ago_gives_way_as_well():
+    """Two leaves of one eviction: the packed tier is full again when the second, younger one comes."""
+    machine = _machine(packed_fraction=0.2)
+    _chat(machine, family=0, pages=4)
+    machine.evict(pages=4)
+    _chat(machine, family=1, pages=5)
+    _chat(machine, family=2, pages=3)
+    machine.evict(pages=8)
+    assert [_cached_pages(machine, family) for family in (0, 1, 2)] == [(0, 0), (0, 0), (3, 0)]
+    assert (machine.tree.counters.pages_dropped, machine.tree.counters.dense_pages_dropped) == (9, 0)
+    _is_sound(machine)
+
+
 def test_of_a_node_that_does_not_fit_the_first_pages_stay():
     machine = _machine(packed_fraction=0.2)
     machine.arrive(family=2, shared_pages=6, own=2 * P, salt=0, chunk=MAX_TOKENS)

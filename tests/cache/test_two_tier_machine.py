@@ -179,12 +179,6 @@ def _no_packed_page_gives_way(monkeypatch, tree_class):
     monkeypatch.setattr(tree_class, "_room_for", lambda self, node, key, leaves: original(self, node, first, leaves))
 
 
-def _forgets_what_it_has_just_packed(monkeypatch, tree_class):
-    from sgl_hq.cache.packed_room import PackedLeaves
-
-    monkeypatch.setattr(PackedLeaves, "add", lambda self, leaf: None)
-
-
 def _counts_a_victim_too_many(monkeypatch, tree_class):
     _changes_rooms(monkeypatch, tree_class, lambda room, node: room._replace(victims=room.victims[:-1]))
 
@@ -228,7 +222,7 @@ def _nodes(tree):
 FREE = [_keeps_dense_pages, _frees_dense_pages_twice, _drops_without_freeing, _drops_dense_without_freeing, _keeps_sinks, _flush_keeps_packed_pages]
 LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on_unlock, _drops_locked_packed_leaves]
 SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
-ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many, _forgets_what_it_has_just_packed]
+ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many]
 DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
 
 

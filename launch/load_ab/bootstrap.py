@@ -29,7 +29,7 @@ def mean(values: Sequence[float]) -> Estimate:
     if len(values) < 2:
         return Estimate(value, None, None, len(values))
     interval = _bootstrap(values, np.mean).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), len(values))
+    return _estimate(value, interval.low, interval.high, len(values))
 
 
 def percentiles(values: Sequence[float], wanted: Sequence[int]) -> list[Estimate]:
@@ -38,7 +38,12 @@ def percentiles(values: Sequence[float], wanted: Sequence[int]) -> list[Estimate
     if len(values) < 2:
         return [Estimate(float(value), None, None, len(values)) for value in found]
     interval = _bootstrap(values, lambda sample, axis: np.percentile(sample, wanted, axis=axis)).confidence_interval
-    return [Estimate(float(v), float(low), float(high), len(values)) for v, low, high in zip(found, interval.low, interval.high)]
+    return [_estimate(value, low, high, len(values)) for value, low, high in zip(found, interval.low, interval.high)]
+
+
+def _estimate(value: float, low: float, high: float, n: int) -> Estimate:
+    """The interval always holds the value; by rounding alone it can end a last digit beside it."""
+    return Estimate(float(value), float(min(low, value)), float(max(high, value)), n)
 
 
 def _bootstrap(values: Sequence[float], statistic):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgl_hq.launch.load_ab.bootstrap import mean, percentiles
@@ -21,13 +21,13 @@ def test_equal_values_have_a_point():
 
 
 @settings(max_examples=25, deadline=None)
+@example([372324.07794666773] * 2)  # the mean of equal values is a last digit beside them
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30))
 def test_intervals_hold_the_value_and_stay_within_the_data(values):
     slack = 1e-9 * max(values)
     for estimate in (mean(values), *percentiles(values, [50, 90])):
-        assert min(values) - slack <= estimate.low <= estimate.high <= max(values) + slack
+        assert min(values) - slack <= estimate.low <= estimate.value <= estimate.high <= max(values) + slack
         assert estimate.n == len(values)
-    assert mean(values).low - slack <= mean(values).value <= mean(values).high + slack
 
 
 def test_the_same_every_time_and_narrower_with_more_requests():

@@ -9,6 +9,7 @@ import typer
 
 from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
 
+DEFAULT_WAVES_ARMS = f"vanilla,exact,{DEFAULT_LOSSY}"
 _WAVES, _LOAD = "In equal waves (without PLAN)", "Under load (with PLAN)"
 
 
@@ -22,7 +23,7 @@ def ab(
         Optional[str],
         typer.Option(
             help=f"Comma-separated. With PLAN: names from it. Without: vanilla, exact, {', '.join(FORMATS)}; "
-            f"default vanilla,exact,{DEFAULT_LOSSY}."
+            f"default {DEFAULT_WAVES_ARMS}."
         ),
     ] = None,
     json_path: Annotated[
@@ -90,7 +91,7 @@ def ab(
 
     code = run(
         model=model,
-        arms=[arm.strip() for arm in arms.split(",") if arm.strip()] if arms else None,
+        arms=[arm.strip() for arm in (arms or DEFAULT_WAVES_ARMS).split(",") if arm.strip()],
         quick=quick,
         kv_tokens=kv_tokens,
         concurrency=concurrency,

@@ -34,7 +34,7 @@ def test_a_plan_is_run_with_what_it_takes(called):
 def test_without_a_plan_chats_go_out_in_waves(called):
     assert invoke("--quick", "--arms", "vanilla, exact").exit_code == 0 and invoke().exit_code == 0
     assert [kind for kind, _ in called] == ["waves", "waves"]
-    assert called[0][1]["quick"] is True and called[0][1]["arms"] == ["vanilla", "exact"] and called[1][1]["arms"] is None
+    assert called[0][1]["quick"] is True and called[0][1]["arms"] == ["vanilla", "exact"] and called[1][1]["arms"] == ["vanilla", "exact", "hq7"]
 
 
 @pytest.mark.parametrize("words", ["--quick", "--kv-tokens 99", "--hq-pack insert", "--hq-allow-ungated", "--concurrency 4"])

@@ -40,6 +40,7 @@ PACKAGES = (
     "sgl_hq.kernels.grouped_attention",
     "sgl_hq.patches",
     "sgl_hq.launch",
+    "sgl_hq.launch.load_ab",
 )  # as in pyproject.toml; tests/layout/test_packaging.py compares
 MEMORY_GB, DISK_GB = 6, 2  # two servers one after the other with SmolLM2; the demo model while it is converted
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sgl_hq.launch.load_ab.refusals import GROWING_PROMPTS
 from sgl_hq.launch.load_ab.result_view import Case, ResultView, Row
 
 MISSING = "-"
@@ -132,8 +133,12 @@ def load_line(view: ResultView, case: Case) -> str:
     if not runs:
         return "No arm was measured."
     loads, load = [run["load"] for run in runs], runs[0]["load"]
-    each, all_of_them = load["context"], _range(loads, "prompt_tokens")
-    prompts = f"of {each:,} prompt tokens each" if each else f"with {all_of_them} prompt tokens in all"
+    if load["context"] is None:
+        prompts = f"with {_range(loads, 'prompt_tokens')} prompt tokens in all"
+    elif runs[0]["kind"] in GROWING_PROMPTS:
+        prompts = f"of up to {load['context']:,} prompt tokens"
+    else:
+        prompts = f"of {load['context']:,} prompt tokens each"
     outputs = f"{_range(loads, 'output_tokens')} output tokens in all"
     if runs[0]["kind"] == "trace":
         pace = "arriving as in the trace"

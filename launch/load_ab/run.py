@@ -61,13 +61,16 @@ def run(
     chosen_loads = select("workloads", workloads, [spec.name for spec in plan.specs()])
     for path in (json_path, html_path):
         check_json_path(path)
-    folder = Path(tempfile.mkdtemp(prefix="sgl-hq-ab-"))  # kept when something fails: the messages name the logs
-    bench_model = _model(plan, folder)
-    all_arms = make_arms(plan.arms, budget_bytes(plan, bench_model), bench_model, _on_cpu(plan))
-    facts = bench_facts(commit) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    log = RunLog(json_path and log_path(json_path), _belongs_to(plan, bench_model, facts))
+    with ExitStack() as undo:
+        folder = Path(tempfile.mkdtemp(prefix="sgl-hq-ab-"))
+        undo.callback(shutil.rmtree, folder)
+        bench_model = _model(plan, folder)
+        all_arms = make_arms(plan.arms, budget_bytes(plan, bench_model), bench_model, _on_cpu(plan))
+        facts = bench_facts(commit) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        log = RunLog(json_path and log_path(json_path), _belongs_to(plan, bench_model, facts))
+        cases = _cases(plan, chosen_loads, bench_model, folder)
+        undo.pop_all()  # from here on it is kept when something fails: the messages name the logs
     conditions = Conditions(bench_model, plan.concurrency, plan.rate, folder)
-    cases = _cases(plan, chosen_loads, bench_model, folder)
     todo = [(arm, _unfinished(arm, cases, log)) for arm in all_arms if arm.name in chosen_arms]
     with terminated_like_interrupted():
         _measure(todo, conditions, together, log, len(cases))

@@ -137,3 +137,8 @@ def test_load_line_states_pace_and_what_differs_between_repeats(result, kind, ra
 def test_result_without_rows_is_refused(result):
     with pytest.raises(ReportError, match="holds no row"):
         show(result | {"summary": []})
+
+
+def test_the_label_of_chats_is_the_length_of_their_last_turn(result):
+    result["runs"][0]["kind"] = "multiturn"
+    assert "96 requests of up to 8,256 prompt tokens, " in load_line(ResultView(result), ("shared-1.3", "cold"))

@@ -61,6 +61,8 @@ def run(
     chosen_loads = select("workloads", workloads, [spec.name for spec in plan.specs()])
     for path in (json_path, html_path):
         check_json_path(path)
+    if html_path is not None:
+        from sgl_hq.launch.load_ab import report_html  # noqa: F401  what it needs is missed now, not after hours
     with ExitStack() as undo:
         folder = Path(tempfile.mkdtemp(prefix="sgl-hq-ab-"))
         undo.callback(shutil.rmtree, folder)

@@ -110,6 +110,7 @@ def _prepared(
     write(warm_up, path)
     for _ in range(WARM_UP_ROUNDS):
         client.send(server, warm_up, path, conditions.model, conditions.concurrency, None)
+    server.freeze_gc()
     return ArmFacts(
         arm=arm.name,
         allocated_bytes=held.allocated_bytes,

@@ -7,7 +7,7 @@ is kept in reserve; the last lengths below the stated one are tried page by page
 from __future__ import annotations
 
 import uuid
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import httpx
 
@@ -18,7 +18,7 @@ from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.page_format import PAGE_TOKENS
 
 ANSWER_TIMEOUT_S = 600.0
-PLACED_TIMEOUT_S = 10.0  # an idle scheduler logs the first batch of a request in milliseconds
+ROUNDS, ROUND_S = 6, 0.5  # a batch is logged when the next one has begun: two rounds would do
 PAGES_TRIED = 4
 _IDS = 1000  # token ids used in turn, all of them words of any vocabulary
 
@@ -40,8 +40,8 @@ def max_context_tokens(server: ServerProcess) -> int:
     raise BenchError(f"the server states that it takes {stated} tokens and does not answer {tokens}: see its log")
 
 
-def ask(server: ServerProcess, tokens: int, placed_timeout_s: float = PLACED_TIMEOUT_S) -> int | None:
-    """HTTP status of a request of so many prompt tokens and one output token; None when the scheduler does not place it in time.
+def ask(server: ServerProcess, tokens: int) -> int | None:
+    """HTTP status of a request of so many prompt tokens and one output token; None when the scheduler cannot place it.
 
     Nothing else may run on the server.
     """
@@ -50,17 +50,32 @@ def ask(server: ServerProcess, tokens: int, placed_timeout_s: float = PLACED_TIM
     name, logged = uuid.uuid4().hex, len(server.log_text())
     params = {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True}
     with ThreadPoolExecutor(1) as sending:
-        answer = sending.submit(_post, server, "/generate", {"rid": name, "input_ids": prompt, "sampling_params": params})
-        if not wait([answer], timeout=placed_timeout_s).done and not logged_batches(server.log_text()[logged:]):
-            _post(server, "/abort_request", {"rid": name})
+        answer = sending.submit(_call, server, "POST", "/generate", {"rid": name, "input_ids": prompt, "sampling_params": params})
+        if not _is_placed(server, answer, logged):
+            _call(server, "POST", "/abort_request", {"rid": name})
             answer.result()
             return None
         return answer.result()
 
 
-def _post(server: ServerProcess, path: str, body: dict[str, object]) -> int:
+def _is_placed(server: ServerProcess, answer: Future[int], logged: int) -> bool:
+    """Does the scheduler run batches for the request? Not a matter of seconds: a batch may take many on a slow machine.
+
+    The scheduler answers /server_info between two batches. When it has done so several times and no batch was logged since
+    position `logged`, there was none.
+    """
+    for _ in range(ROUNDS):
+        if wait([answer], timeout=ROUND_S).done:
+            return True
+        _call(server, "GET", "/server_info")
+        if logged_batches(server.log_text()[logged:]):
+            return True
+    return False
+
+
+def _call(server: ServerProcess, method: str, path: str, body: dict[str, object] | None = None) -> int:
     try:
-        return httpx.post(f"{server.url}{path}", json=body, timeout=ANSWER_TIMEOUT_S, trust_env=False).status_code
+        return httpx.request(method, f"{server.url}{path}", json=body, timeout=ANSWER_TIMEOUT_S, trust_env=False).status_code
     except httpx.HTTPError as error:
         server.check_alive()
         raise ServerFailed(f"The server did not answer {path} ({error}); log: {server.log_path}") from error

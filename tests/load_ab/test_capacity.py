@@ -16,7 +16,7 @@ STATED = 4025
 
 def server(**changed):
     facts = {"server_info": lambda: {"max_req_input_len": STATED + 1}, "flush_cache": lambda: None, "log_text": lambda: ""}
-    return SimpleNamespace(**facts | {"url": "", "check_alive": lambda: None, "log_path": "log"} | changed)
+    return SimpleNamespace(**facts | changed)
 
 
 @pytest.mark.parametrize("answered, found", [(STATED, STATED), (STATED - 70, STATED - 128)])
@@ -38,23 +38,41 @@ def test_a_statement_that_is_not_kept_is_refused(monkeypatch, statuses, message)
         max_context_tokens(server())
 
 
-def test_a_request_that_is_never_placed_is_called_back(monkeypatch):
-    aborted, paths = threading.Event(), []
+PREFILL = "Prefill batch, #new-seq: 1, #new-token: 8, #cached-token: 0"
 
-    def post(_, path, body):
-        paths.append((path, body["rid"]))
+
+def test_a_request_that_is_never_placed_is_called_back(monkeypatch):
+    aborted, calls = threading.Event(), []
+
+    def call(_, method, path, body=None):
+        calls.append((path, body and body["rid"]))
         if path == "/generate":
             assert aborted.wait(10)
-        else:
+        elif path == "/abort_request":
             aborted.set()
         return 200
 
-    monkeypatch.setattr(capacity, "_post", post)
-    assert ask(server(), 8, placed_timeout_s=0.1) is None
-    assert [path for path, _ in paths] == ["/generate", "/abort_request"] and paths[0][1] == paths[1][1]
+    monkeypatch.setattr(capacity, "_call", call)
+    monkeypatch.setattr(capacity, "ROUND_S", 0.05)
+    assert ask(server(), 8) is None
+    assert [path for path, _ in calls] == ["/generate", *["/server_info"] * capacity.ROUNDS, "/abort_request"]
+    assert calls[0][1] == calls[-1][1]
 
 
-def test_a_slow_request_that_was_placed_is_waited_for(monkeypatch):
-    monkeypatch.setattr(capacity, "_post", lambda *_: threading.Event().wait(0.3) or 200)
-    log = iter(["", "Prefill batch, #new-seq: 1, #new-token: 8, #cached-token: 0"])
-    assert ask(server(log_text=lambda: next(log)), 8, placed_timeout_s=0.1) == 200
+def test_a_batch_that_takes_long_is_waited_for(monkeypatch):
+    """The scheduler does not answer /server_info while it runs one, and logs it then."""
+    log, ended = [""], threading.Event()
+
+    def call(_, method, path, body=None):
+        assert path != "/abort_request"
+        if path == "/generate":
+            assert ended.wait(10)
+        else:
+            threading.Event().wait(0.5)
+            log[0] = PREFILL
+            ended.set()
+        return 200
+
+    monkeypatch.setattr(capacity, "_call", call)
+    monkeypatch.setattr(capacity, "ROUND_S", 0.01)
+    assert ask(server(log_text=lambda: log[0]), 8) == 200

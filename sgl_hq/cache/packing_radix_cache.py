@@ -14,9 +14,9 @@ import heapq
 import sys
 import time
 from array import array
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
     DecLockRefResult,
     EvictParams,
@@ -28,23 +28,16 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
-from sgl_hq.cache import pack_policy
+from sgl_hq.cache import books, pack_policy
 from sgl_hq.cache.live_requests import LiveRequests
+from sgl_hq.cache.pack_counters import PackCounters
+from sgl_hq.cache.refusals import RefusalLog
 from sgl_hq.kernels.page_codec import UnpackablePageError
-from sgl_hq.metrics import PackedTierGauges
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
-
-@dataclass
-class PackCounters:
-    """Totals since start."""
-
-    nodes_packed: int = 0
-    pages_packed: int = 0
-    pages_dropped: int = 0
-    refused_no_room: int = 0
-    refused_unpackable: int = 0
+if TYPE_CHECKING:
+    from sgl_hq.audit.checksums import PageChecksums
 
 
 class PackingRadixCache(RadixCache):
@@ -53,22 +46,27 @@ class PackingRadixCache(RadixCache):
     def __init__(self, params: CacheInitParams, pool: HQTokenToKVPool, pack_when: str):
         self._pool, self._packed, self._pack_when = pool, pool.packed, pack_when
         self.counters = PackCounters()
+        self.refusals = RefusalLog(self.counters)
+        self.tier_changed: Callable[[], None] | None = None  # told when pages come to or leave the packed tier
+        self.checksums: PageChecksums | None = None  # of packed pages, while an audit runs
         self.epoch = 0
         self.live = LiveRequests(self.packed_run, lambda: self.epoch)
-        self._gauges = PackedTierGauges() if params.enable_metrics and pool.packed is not None else None
         super().__init__(params)
 
     def reset(self):
+        if self.checksums is not None:
+            self.checksums.check([page for pages in self._pages_of.values() for page in pages])
         super().reset()
         self._pages_of: dict[int, array] = {}  # node id -> packed page ids, int32; absent = dense
         self._users_of: dict[int, tuple[str, ...]] = {}
         self._unpackable: set[int] = set()  # node ids whose values the format cannot hold
         self._inserted: TreeNode | None = None
+        self.packed_live_pages = 0  # of nodes that running requests lock
         self.live.clear()
         self.epoch += 1
         if self._packed is not None:
             self._packed.clear()
-            self._show()
+            self._tell_tier_changed()
 
     # ---- a request uses a path ---------------------------------------------------------------------------------
 
@@ -117,28 +115,30 @@ class PackingRadixCache(RadixCache):
         assert node.id not in self._pages_of and (node.parent is self.root_node or node.parent.id in self._pages_of)
         if node.id in self._unpackable:
             return False
-        starts_sequence = node.parent is self.root_node
+        starts_sequence, start_time = node.parent is self.root_node, time.perf_counter()
         if not self._make_room(len(node.key) // self.page_size, starts_sequence):
-            self.counters.refused_no_room += 1
+            self.refusals.no_room(len(node.key) // self.page_size, self._packed, self.packed_live_pages)
             return False
         dense_slots = node.value
         try:
             pages = self._pool.pack_pages(dense_slots, starts_sequence)
-        except UnpackablePageError:
+        except UnpackablePageError as reason:
             self._unpackable.add(node.id)
-            self.counters.refused_unpackable += 1
+            self.refusals.unpackable(len(node.key) // self.page_size, reason)
             return False
+        if self.checksums is not None:
+            self.checksums.take(pages)
         if node.lock_ref:
+            self.packed_live_pages += len(pages)
             self.protected_size_ -= len(node.key)
         else:
             self.evictable_size_ -= len(node.key)
         self._pages_of[node.id] = array("i", pages)
         node.value = self._pool.packed_token_ids(pages)
         self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
-        self.counters.nodes_packed += 1
-        self.counters.pages_packed += len(pages)
         self.epoch += 1
-        self._show()
+        self.counters.packed(len(pages), time.perf_counter() - start_time)
+        self._tell_tier_changed()
         return True
 
     def packed_run(self, node: TreeNode) -> PackedRun:
@@ -195,28 +195,33 @@ class PackingRadixCache(RadixCache):
         pages = sum(len(n.key) for n in chain) // self.page_size
         if any(n.lock_ref or n.id in self._unpackable for n in chain):
             return 0
+        start_time = time.perf_counter()
         if not self._make_room(pages, chain[0].parent is self.root_node):
-            self.counters.refused_no_room += 1
+            self.refusals.no_room(pages, self._packed, self.packed_live_pages)
             return 0
         freed = 0
         for n in chain:
             if not self.pack(n):
                 break
             freed += len(n.key)
+        if freed:
+            self.counters.demoted(freed // self.page_size, time.perf_counter() - start_time)
         return freed
 
     def _drop(self, leaf: TreeNode) -> None:
         """Remove an unlocked leaf from the tree and free its pages in whichever tier they are."""
-        pages = self._pages_of.get(leaf.id)
+        pages, start_time = self._pages_of.get(leaf.id), time.perf_counter()
         if pages is None:
             self.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
         else:
+            if self.checksums is not None:
+                self.checksums.check(pages)
             self._packed.free(pages)
-            self.counters.pages_dropped += len(pages)
             self.epoch += 1
-            self._show()
+            self._tell_tier_changed()
         self._delete_leaf(leaf)
         self._record_remove_event(leaf)
+        self.counters.dropped(len(leaf.key) // self.page_size, pages is not None, time.perf_counter() - start_time)
 
     def _eviction_key(self, node: TreeNode):
         # The node id breaks ties, so that ranks whose clocks or sets differ evict in the same order.
@@ -234,6 +239,7 @@ class PackingRadixCache(RadixCache):
         for n in self._path(node):
             if n.lock_ref == 0:
                 delta -= self._dense_tokens(n)
+                self.packed_live_pages += len(self._pages_of.get(n.id, ()))
             n.lock_ref += 1
             self._update_leaf_status(n)
         self.evictable_size_ += delta
@@ -247,6 +253,7 @@ class PackingRadixCache(RadixCache):
         for n in reversed(self._path(node)):  # child first: a parent becomes a leaf candidate after its children
             if n.lock_ref == 1:
                 delta += self._dense_tokens(n)
+                self.packed_live_pages -= len(self._pages_of.get(n.id, ()))
             n.lock_ref -= 1
             self._update_leaf_status(n)
         self.evictable_size_ += delta
@@ -284,37 +291,32 @@ class PackingRadixCache(RadixCache):
     # ---- books -----------------------------------------------------------------------------------------------------
 
     def check_books(self) -> None:
-        """Every packed page has exactly one owner, packing is prefix-closed, sizes agree with a walk of the tree.
+        """`books.differences` as AssertionError. The dense pool is checked by SGLang itself, and by the audit."""
+        found = books.differences(self)
+        assert not found, "; ".join(found)
 
-        Raises AssertionError. The dense tier is checked by SGLang itself.
-        """
-        owned, dense_evictable, dense_protected, seen = [], 0, 0, set()
-        stack = list(self.root_node.children.values())
-        while stack:
-            n = stack.pop()
-            seen.add(n.id)
-            stack.extend(n.children.values())
-            pages = self._pages_of.get(n.id)
-            if pages is not None:
-                assert n.parent is self.root_node or n.parent.id in self._pages_of, "packed below a dense node"
-                assert len(pages) * self.page_size == len(n.key) == len(n.value), "page list does not match the key"
-                assert torch.equal(n.value, self._pool.packed_token_ids(list(pages))), "node value does not name its pages"
-                owned += pages
-            elif n.lock_ref:
-                dense_protected += len(n.key)
-            else:
-                dense_evictable += len(n.key)
-        assert set(self._pages_of) <= seen and set(self._users_of) <= seen, "table names a node outside the tree"
-        assert (dense_evictable, dense_protected) == (self.evictable_size_, self.protected_size_), "dense sizes drifted"
-        if self._packed is not None:
-            self._packed.check_books(owned)
+    @property
+    def packed_tier(self):
+        """PackedTier, or None in mode `exact`."""
+        return self._packed
 
-    def _show(self) -> None:
-        if self._gauges is not None:
-            self._gauges.set(self._packed.pages_used, self._packed.bytes_used)
+    def packed_nodes(self) -> list[tuple[TreeNode, array]]:
+        """Packed nodes of the tree, with their pages, from the root down."""
+        return [(n, self._pages_of[n.id]) for n in self.nodes() if n.id in self._pages_of]
 
-    def counter_values(self) -> dict[str, int]:
-        return asdict(self.counters)
+    def dense_nodes(self) -> list[TreeNode]:
+        return [n for n in self.nodes() if n.id not in self._pages_of]
+
+    def nodes(self) -> list[TreeNode]:
+        """All nodes below the root, parents first."""
+        found = list(self.root_node.children.values())
+        for n in found:  # grows while it is read
+            found.extend(n.children.values())
+        return found
+
+    def _tell_tier_changed(self) -> None:
+        if self.tier_changed is not None:
+            self.tier_changed()
 
     @property
     def metadata_bytes(self) -> int:

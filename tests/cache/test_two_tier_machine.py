@@ -35,6 +35,10 @@ class Request:
         self.origin_input_ids, self.output_ids = array("q", tokens), array("q")
         self.req_pool_idx, self.kv_committed_len, self.inflight_middle_chunks = None, 0, 0
 
+    @property
+    def kv(self):
+        return SimpleNamespace(kv_allocated_len=self.allocated)
+
     def get_fill_ids(self):
         return (self.origin_input_ids + self.output_ids)[: self.filled]
 
@@ -45,6 +49,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
+        from sgl_hq.audit.audit import Audit
         from sgl_hq.cache.packing_radix_cache import PackingRadixCache
         from sgl_hq.platform_cpu.allocator import CPUPagedAllocator
         from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
@@ -62,6 +67,7 @@ class TwoTierMachine(RuleBasedStateMachine):
             CacheInitParams(disable=False, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator, page_size=P),
             self.pool, pack,
         )
+        self.audit = Audit(self.tree, self.allocator, self.rows.req_to_token, every=1, raises=True)
         self.live: list[Request] = []
         self.serial = 0
         # What eviction and packing leave behind must never be read: fill it with NaN (dense slots are poisoned when freed).
@@ -151,6 +157,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         assert len(set(free)) == len(free)
         self.tree.check_books()
         assert len(self.tree.live) == len(self.live)
+        self.audit.step()  # a false alarm would end a server that is in order
 
     @invariant()
     def every_request_reads_its_own_tokens(self):
@@ -321,7 +328,7 @@ def test_values_the_format_cannot_hold_stay_dense(monkeypatch, reason):
 
     monkeypatch.setattr(machine.pool, "pack_pages", refuse)
     machine.arrive(family=0, shared_pages=3, own=5, salt=0)
-    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused_unpackable == 1
+    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused["unpackable"] == 1
     assert machine.pool.packed.pages_used == 0
     machine.every_request_reads_its_own_tokens()
     machine.teardown()

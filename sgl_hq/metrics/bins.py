@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
 from operator import add
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Bins:
-    """counts[i]: values v with bounds[i - 1] < v <= bounds[i]; the last count has no upper bound. total: sum of the values."""
+class Bins(NamedTuple):
+    """counts[i]: values v with bounds[i - 1] < v <= bounds[i]; the last count has no upper bound. total: sum of the values.
+
+    A plain tuple, because one is made for every forward.
+    """
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]

@@ -160,6 +160,21 @@ def formats() -> None:
 
 
 @app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Root address of a server that was started with --enable-metrics.")] = "http://127.0.0.1:30000",
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks; rates are of this time.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+) -> None:
+    """Watch a server: pages of both tiers, packing, reuse and refusals, live. Ctrl-C ends it.
+
+    Example: sgl-hq top http://127.0.0.1:30000
+    """
+    from sgl_hq.launch.top import run
+
+    run(url, interval, once)
+
+
+@app.command()
 def doctor() -> None:
     """Check this installation and machine; exit code 0 when nothing must be fixed."""
     from sgl_hq.launch.doctor import run

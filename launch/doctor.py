@@ -29,6 +29,8 @@ ENTRY_POINTS = {
 PACKAGES = (
     "sgl_hq",
     "sgl_hq.pool",
+    "sgl_hq.metrics",
+    "sgl_hq.audit",
     "sgl_hq.cache",
     "sgl_hq.attention",
     "sgl_hq.platform_cpu",

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from sgl_hq.launch.server_process import Sample, ServerFailed, ServerProcess
-from sgl_hq.metrics import PACKED_BYTES, PACKED_PAGES
+from sgl_hq.metrics.catalogue import PACKED_BYTES, PACKED_PAGES
 from sgl_hq.page_format import PAGE_TOKENS
 
 BF16_BYTES = 2

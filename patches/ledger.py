@@ -99,4 +99,13 @@ LEDGER: tuple[Patch, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),
         "/server_info has no section for plugins", "it has one",
     ),
+    Patch(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result", "after", "sgl_hq.patches.scheduler:batch_done",
+        ("self", "batch", "result"),
+        "no event says that a batch is done: the moment to export metrics and to audit", "plugins are told of batches",
+    ),
+    Patch(
+        "sglang.srt.managers.scheduler.Scheduler.on_idle", "before", "sgl_hq.patches.scheduler:idle", ("self",),
+        "metrics of the last batches would stay behind when requests end", "as above",
+    ),
 )

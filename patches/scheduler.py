@@ -1,10 +1,27 @@
-"""`sglang.srt.managers.scheduler`: what /server_info says about us."""
+"""`sglang.srt.managers.scheduler`: what /server_info says about us, and the moments at which we look at the server."""
 
 from __future__ import annotations
 
+from sgl_hq.monitor import Monitor
 
-def add_state(result, scheduler, _recv_req):
+_monitor: Monitor | None = None  # of the one scheduler of this process
+
+
+def bind_monitor(monitor: Monitor) -> None:
+    global _monitor
+    _monitor = monitor
+
+
+def add_state(result, _scheduler, _recv_req):
     """AFTER Scheduler.get_internal_state."""
-    from sgl_hq.server_state import describe
+    result.internal_state["hq"] = _monitor.state()
 
-    result.internal_state["hq"] = describe(scheduler)
+
+def batch_done(_result, _scheduler, _batch, _batch_result):
+    """AFTER Scheduler.process_batch_result: SGLang's books are at rest, with the overlap schedule too."""
+    _monitor.batch_done()
+
+
+def idle(_scheduler):
+    """BEFORE Scheduler.on_idle, which may sleep."""
+    _monitor.idle()

@@ -17,6 +17,8 @@ _HELP = {
     "pack": f"when a page is packed: {', '.join(PACK_POLICIES)} (default shared: when a second request uses it)",
     "packed_fraction": "share of the KV byte budget for packed pages, between 0 and 1 (default 0.5)",
     "page_size": "tokens per page, 64",
+    "audit": "for debugging: check all books, and bytes of packed pages, every so many batches (default 0: never)",
+    "audit_raise": "end the server when an audit finds something, instead of logging it",
     "allow_ungated": "serve a format that loses bits without a passed quality gate for this model (sgl-hq gate)",
 }
 

@@ -25,8 +25,10 @@ ENV_OF_FIELD = {
     "packed_fraction": "SGLANG_HQ_PACKED_FRACTION",
     "page_size": "SGLANG_HQ_PAGE_SIZE",
     "allow_ungated": "SGLANG_HQ_ALLOW_UNGATED",
+    "audit": "SGLANG_HQ_AUDIT",
+    "audit_raise": "SGLANG_HQ_AUDIT_RAISE",
 }
-SWITCHES = ("allow_ungated",)  # flags without a value; 1 or 0 in the environment
+SWITCHES = ("allow_ungated", "audit_raise")  # flags without a value; 1 or 0 in the environment
 _CACHE_VARIABLE = "SGLANG_HQ_CACHE"
 
 
@@ -45,6 +47,8 @@ class HQConfig:
     packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1; `exact` uses none of it.
     page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
     allow_ungated: serve a format that loses bits without a passing record of the quality gate for this model.
+    audit: check books and packed bytes every so many batches, for debugging; 0: never.
+    audit_raise: end the server when an audit finds something, instead of logging it.
     """
 
     format: str
@@ -52,6 +56,8 @@ class HQConfig:
     packed_fraction: float = 0.5
     page_size: int = PAGE_TOKENS
     allow_ungated: bool = False
+    audit: int = 0
+    audit_raise: bool = False
 
     def __post_init__(self):
         try:
@@ -73,6 +79,10 @@ class HQConfig:
             raise HQConfigError(
                 f"--hq-page-size {self.page_size} is not supported: packed pages hold {PAGE_TOKENS} tokens, use {PAGE_TOKENS}"
             )
+        if self.audit < 0:
+            raise HQConfigError(f"--hq-audit {self.audit} is no number of batches: give for example 16, or 0 for no audit")
+        if self.audit_raise and not self.audit:
+            raise HQConfigError("--hq-audit-raise without an audit does nothing: add --hq-audit, for example 16, or drop it")
 
     @property
     def packs(self) -> bool:
@@ -119,7 +129,7 @@ def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
 def from_strings(given: Mapping[str, str]) -> HQConfig:
     """Parse text values by field name. Raises HQConfigError."""
     values: dict[str, object] = dict(given)
-    for name, kind, example in (("packed_fraction", float, "0.5"), ("page_size", int, "64")):
+    for name, kind, example in (("packed_fraction", float, "0.5"), ("page_size", int, "64"), ("audit", int, "16")):
         if name in values:
             try:
                 values[name] = kind(values[name])

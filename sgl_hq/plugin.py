@@ -58,6 +58,7 @@ def build_radix_cache(context):
     from sgl_hq.cache.packing_radix_cache import PackingRadixCache
     from sgl_hq.config import from_env
     from sgl_hq.patches.requests import bind_tree
+    from sgl_hq.patches.scheduler import bind_monitor
 
     runner = context.tp_worker.model_runner
     config = from_env()
@@ -67,6 +68,7 @@ def build_radix_cache(context):
     tree = PackingRadixCache(context.params, runner.token_to_kv_pool, config.pack)
     bind_tree(tree)
     runner.attn_backend.forward_runs = tree.live.forward_runs
+    bind_monitor(_monitor(tree, context, config))
     if config.packs:
         layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
         for layer in layers:
@@ -74,6 +76,18 @@ def build_radix_cache(context):
             if reason:
                 raise RuntimeError(f"sgl_hq: layer {layer.layer_id} cannot read packed pages: {reason}; drop --hq-format")
     return tree
+
+
+def _monitor(tree, context, config):
+    from sgl_hq.audit.audit import Audit
+    from sgl_hq.metrics.exporter import Exporter
+    from sgl_hq.monitor import Monitor
+    from sgl_hq.server_state import Sources
+
+    allocator, rows = context.params.token_to_kv_pool_allocator, context.params.req_to_token_pool.req_to_token
+    sources = Sources(tree, allocator, context.tp_worker.model_runner.attn_backend, context.server_args._hq_gate)
+    exporter = Exporter() if context.params.enable_metrics else None
+    return Monitor(sources, exporter, Audit(tree, allocator, rows, config.audit, config.audit_raise) if config.audit else None)
 
 
 def _assert_in_place(runner, config) -> None:

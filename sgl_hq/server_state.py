@@ -1,4 +1,4 @@
-"""The `hq` block of /server_info: what is resident where, and what has happened so far.
+"""The `hq` block of /server_info: what is resident where, and what has happened so far. The metrics are read from it too.
 
 Only msgpack-native values. `used` is what holds KV of live or cached tokens now; `allocated` is what was taken from
 the machine at start. Comparisons of arms must use the same one of the two on both sides.
@@ -6,60 +6,103 @@ the machine at start. Comparisons of arms must use the same one of the two on bo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_hq import __version__
-from sgl_hq.page_format import PAGE_TOKENS, STATED_PREFIX_TOKENS, mean_stored_bits
+from sgl_hq.audit.audit import NO_AUDIT
+from sgl_hq.page_format import LAYOUT_VERSION, PAGE_TOKENS, STATED_PREFIX_TOKENS, mean_stored_bits
 
 
-def describe(scheduler) -> dict[str, Any]:
-    """`scheduler`: SGLang's Scheduler of this process."""
-    tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
-    pool, backend = allocator.get_kvcache(), scheduler.tp_worker.model_runner.attn_backend
+@dataclass(frozen=True)
+class Sources:
+    """tree: PackingRadixCache; allocator: SGLang's of the dense tier; backend: our attention backend; gate: `GateState.describe()`."""
+
+    tree: Any
+    allocator: Any
+    backend: Any
+    gate: dict[str, str]
+
+
+def figures(sources: Sources, audit) -> dict[str, Any]:
+    """All but the costly figures. audit: `Audit`, or None."""
+    tree, backend, pool = sources.tree, sources.backend, sources.allocator.get_kvcache()
     config, packed = pool.config, pool.packed
-    per_token = pool.shape.dense_bytes_per_token
-    free = allocator.available_size()
-    state = {
+    layouts = [codec.layout for codec in packed.codecs] if packed else []
+    dense = _dense(pool, sources.allocator.available_size(), tree.evictable_size())
+    packed_tokens = packed.pages_used * PAGE_TOKENS if packed else 0
+    resident = packed_tokens + dense["tokens_total"] - dense["tokens_free"]
+    read, attended = backend.packed_tokens_read, backend.packed_tokens_attended
+    return {
         "active": True,
-        "gate": scheduler.server_args._hq_gate,
+        "gate": sources.gate,
         "version": __version__,
         "format": config.format,
         "pack": config.pack,
         "packed_fraction": config.packed_fraction if packed else 0.0,
         "page_tokens": PAGE_TOKENS,
-        "stored_bits_per_value": 16.0,
-        "dense": {
-            "tokens_total": pool.size,
-            "tokens_free": free,
-            "bytes_per_token": per_token,
-            "bytes_allocated": pool.dense_bytes_allocated,
-            "bytes_used": (pool.size - free) * per_token,
-        },
-        "packed": {
-            "pages_total": 0, "pages_free": 0, "pages_used": 0, "page_bytes": 0,
-            "sinks_total": 0, "sinks_free": 0, "sink_bytes": 0, "bytes_allocated": 0, "bytes_used": 0,
-        },
+        "layout_version": LAYOUT_VERSION,
+        "stored_bits_per_value": mean_stored_bits(layouts, STATED_PREFIX_TOKENS) if layouts else 16.0,
+        "dense": dense,
+        "packed": _packed(packed, tree.packed_live_pages) if packed else dict.fromkeys(_PACKED, 0),
+        "packed_token_fraction": packed_tokens / resident if resident else 0.0,
         "workspace_bytes": backend.workspace_bytes,
-        "metadata_bytes": tree.metadata_bytes + (packed.metadata_bytes if packed else 0),
         "live_requests": len(tree.live),
-        "counters": {
-            **tree.counter_values(),
-            "packed_tokens_read": backend.packed_tokens_read,
-            "packed_tokens_attended": backend.packed_tokens_attended,
-        },
+        "counters": {**tree.counters.totals(), "packed_tokens_read": read, "packed_tokens_attended": attended},
+        "reuse_factor": attended / read if read else 0.0,
+        "group_requests": backend.group_requests.describe(),
+        "seconds": tree.counters.times(),
+        "audit": audit.describe() if audit is not None else NO_AUDIT,
     }
-    if packed:
-        layouts = [codec.layout for codec in packed.codecs]
-        state["stored_bits_per_value"] = mean_stored_bits(layouts, STATED_PREFIX_TOKENS)
-        state["packed"] = {
-            "pages_total": packed.sizes.packed_pages,
-            "pages_free": packed.pages_free,
-            "pages_used": packed.pages_used,
-            "page_bytes": packed.page_bytes,
-            "sinks_total": packed.sizes.sinks,
-            "sinks_free": packed.sinks_free,
-            "sink_bytes": packed.sink_bytes,
-            "bytes_allocated": packed.bytes_allocated,
-            "bytes_used": packed.bytes_used,
-        }
-    return state
+
+
+def costly_figures(sources: Sources) -> dict[str, Any]:
+    """What takes a walk over all packed nodes."""
+    packed = sources.allocator.get_kvcache().packed
+    return {"metadata_bytes": sources.tree.metadata_bytes + (packed.metadata_bytes if packed else 0)}
+
+
+def packed_in_use(packed) -> dict[str, int]:
+    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier."""
+    return {"pages_used": packed.pages_used, "bytes_used": packed.bytes_used}
+
+
+def _dense(pool, free: int, cached: int) -> dict[str, int]:
+    """free, cached: tokens; SGLang hands out whole pages. Live: read by running requests, cached: by none."""
+    per_token = pool.shape.dense_bytes_per_token
+    tokens = {"free": free, "cached": cached, "live": pool.size - free - cached}
+    return {
+        "tokens_total": pool.size,
+        "tokens_free": free,
+        "bytes_per_token": per_token,
+        "bytes_allocated": pool.dense_bytes_allocated,
+        "bytes_used": (pool.size - free) * per_token,
+        **{f"pages_{state}": n // PAGE_TOKENS for state, n in tokens.items()},
+        **{f"bytes_{state}": n * per_token for state, n in tokens.items()},
+    }
+
+
+def _packed(packed, live: int) -> dict[str, int]:
+    """live: pages that running requests read."""
+    page_bytes = packed.page_bytes
+    pages = {"free": packed.pages_free, "live": live, "cached": packed.pages_used - live}
+    values = {
+        "pages_total": packed.sizes.packed_pages,
+        **packed_in_use(packed),
+        "page_bytes": page_bytes,
+        "sinks_total": packed.sizes.sinks,
+        "sinks_free": packed.sinks_free,
+        "sinks_used": packed.sizes.sinks - packed.sinks_free,
+        "sink_bytes": packed.sink_bytes,
+        "bytes_allocated": packed.bytes_allocated,
+        **{f"pages_{state}": n for state, n in pages.items()},
+        **{f"bytes_{state}": n * page_bytes for state, n in pages.items()},
+    }
+    assert values.keys() == set(_PACKED)
+    return values
+
+
+_PACKED = (
+    "pages_total", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes", "sinks_total", "sinks_free", "sinks_used",
+    "sink_bytes", "bytes_allocated", "bytes_free", "bytes_live", "bytes_cached", "bytes_used",
+)  # fmt: skip

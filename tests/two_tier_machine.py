@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -35,6 +36,10 @@ class Request:
         self.origin_input_ids, self.output_ids = array("q", tokens), array("q")
         self.req_pool_idx, self.kv_committed_len, self.inflight_middle_chunks = None, 0, 0
 
+    @property
+    def kv(self):
+        return SimpleNamespace(kv_allocated_len=self.allocated)
+
     def get_fill_ids(self):
         return (self.origin_input_ids + self.output_ids)[: self.filled]
 
@@ -48,6 +53,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
+        from sgl_hq.audit.audit import Audit
         from sgl_hq.cache.packing_radix_cache import PackingRadixCache
         from sgl_hq.platform_cpu.allocator import CPUPagedAllocator
         from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
@@ -65,6 +71,7 @@ class TwoTierMachine(RuleBasedStateMachine):
             CacheInitParams(disable=False, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator, page_size=P),
             self.pool, pack,
         )
+        self.audit = Audit(self.tree, self.allocator, self.rows.req_to_token, every=1, raises=True)
         self.live: list[Request] = []
         self.serial = 0
         self.evicting = False
@@ -178,6 +185,14 @@ class TwoTierMachine(RuleBasedStateMachine):
         assert len(set(free)) == len(free)
         self.tree.check_books()
         assert len(self.tree.live) == len(self.live)
+        self.audit.step()  # a false alarm would end a server that is in order
+
+    @invariant()
+    def leaves_go_in_the_order_of_a_sort(self):
+        for order, packed in ((self.tree._dense_order, False), (self.tree._packed_order, True)):
+            keys = [self.tree._eviction_key(n) for n in self.tree.evictable_leaves if (n.id in self.tree._pages_of) == packed]
+            first = order.first()
+            assert (first and first[0]) == min(keys, default=None), "eviction would begin with another leaf"
 
     @invariant()
     def every_request_reads_its_own_tokens(self):

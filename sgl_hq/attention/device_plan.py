@@ -16,6 +16,7 @@ from sgl_hq.attention.grouping import group_rows
 from sgl_hq.kernels.grouped_attention.launcher import SCRATCH_PAGES, WorkOverflow, empty_work, make_grid, make_scratch
 from sgl_hq.kernels.grouped_attention.launcher_dense import DenseWork, list_pages, make_dense_work, pages_of
 from sgl_hq.kernels.grouped_attention.work import ITEM_WORDS, RowGroup, lay_out, tiles_of
+from sgl_hq.metrics.bins import GROUP_REQUESTS, NO_GROUPS, Bins
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.records import PackedRun
@@ -27,7 +28,8 @@ _STAGES = 3  # uploads that may be in flight: an earlier graph replay may not ha
 
 class DevicePlan:
     """work, dense: what the layers give to the kernels, for packed and for dense pages. graph: decode graphs hold its launches.
-    tokens_read, tokens_attended: packed tokens of the last `set`, once per group and once per request."""
+    tokens_read, tokens_attended: packed tokens of the last `set`, once per group and once per request. group_requests: its groups by
+    the number of their requests."""
 
     def __init__(
         self, tier: PackedTier, q_heads: int, max_rows: int, row_tokens: int = 0, *, graph: bool, scratch: torch.Tensor | None = None
@@ -39,6 +41,7 @@ class DevicePlan:
         self._device = tier.records[0].device
         self._grid = make_grid(self.layout, q_heads, tier.shape.kv_heads, self._device)
         self.tokens_read = self.tokens_attended = 0
+        self.group_requests = NO_GROUPS
         self._batch: tuple[list[PackedRun], list[int]] | None = None  # planned last: _lists, _parts, for _rows rows
         self._uploaded = False
         self._staging: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -106,13 +109,15 @@ class DevicePlan:
 
     def _groups(self, runs: list[PackedRun], query_lens: list[int]) -> list[RowGroup]:
         starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int64)
-        groups = []
+        groups, sizes = [], []
         self.tokens_read = self.tokens_attended = 0
         for group in group_rows(runs):
             rows = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in group.rows])
             groups.append(RowGroup(np.asarray(group.pages, np.int32), rows, self._tier.sink_slot(group.pages[0])))
+            sizes.append(len(group.rows))
             self.tokens_read += len(group.pages) * PAGE_TOKENS
             self.tokens_attended += len(group.pages) * PAGE_TOKENS * len(group.rows)
+        self.group_requests = Bins.of(GROUP_REQUESTS, sizes)
         return groups
 
     @property

@@ -22,6 +22,7 @@ from sgl_hq.attention.merge import merge
 from sgl_hq.attention.plan import PackedPlan, make_plan
 from sgl_hq.config import HQConfigError
 from sgl_hq.kernels.grouped_attention.side_stream import SideStream
+from sgl_hq.metrics.bins import NO_GROUPS
 from sgl_hq.page_format import PageLayout
 from sgl_hq.pool.sizing import KVShape, TierSizes
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
@@ -42,6 +43,7 @@ class HQAttnBackendMixin(AttentionBackend):
     forward_runs: Callable[[], tuple[list[int], list[PackedRun]]] | None = None  # of the batch about to run; set with the radix cache
     packed_tokens_read = 0  # totals over forwards, once per group
     packed_tokens_attended = 0  # the same, once per request of the group
+    group_requests = NO_GROUPS  # groups of all forwards by the number of their requests
     captures_packed_variant = False  # while decode graphs are captured: this one is for batches with packed pages
     _plan = None
 
@@ -64,6 +66,7 @@ class HQAttnBackendMixin(AttentionBackend):
         if plan is not None:
             self.packed_tokens_read += plan.tokens_read
             self.packed_tokens_attended += plan.tokens_attended
+            self.group_requests += plan.group_requests
 
 
 class HQCPUAttnBackendMixin(HQAttnBackendMixin):

@@ -33,6 +33,9 @@ class LiveRequests:
         self._runs: dict[int, tuple[tuple[int, int], PackedRun]] = {}
         self._forward: tuple[list[int], list[PackedRun]] = ([], [])
 
+    def requests(self) -> list[Req]:
+        return list(self._requests.values())
+
     def register(self, request: Req) -> None:
         self._requests[request.req_pool_idx] = request
 

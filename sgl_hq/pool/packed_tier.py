@@ -7,7 +7,8 @@ once and never re-quantised; it leaves the tier only by `free`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -95,12 +96,20 @@ class PackedTier:
         return pages <= self.pages_free and not (needs_sink and self.sink_tokens and not self.sinks_free)
 
     def check_books(self, owned: list[int]) -> None:
-        """`owned`: every page id that radix nodes hold. Raises AssertionError unless free + owned = all, each once."""
+        """`differences` as AssertionError."""
+        found = self.differences(owned)
+        assert not found, "; ".join(found)
+
+    def differences(self, owned: list[int]) -> list[str]:
+        """`owned`: every page id that radix nodes hold. One sentence for each way in which free + owned is not all, each once."""
         free = list(self._free_pages)
-        assert sorted(free + owned) == list(range(self.sizes.packed_pages)), "packed page lost, shared or freed twice"
-        sinks = [self._sink_of_page[p] for p in owned if self._sink_of_page[p] != NO_SINK]
-        assert sorted(list(self._free_sinks) + sinks) == list(range(self.sizes.sinks)), "sink slot lost or freed twice"
-        assert all(self._sink_of_page[p] == NO_SINK for p in free), "free page holds a sink slot"
+        found = _not_each_once("packed page", range(self.sizes.packed_pages), {"free": free, "in the tree": owned})
+        holders = [page for page in range(self.sizes.packed_pages) if self._sink_of_page[page] != NO_SINK]
+        sinks = [self._sink_of_page[page] for page in holders]
+        found += _not_each_once("sink slot", range(self.sizes.sinks), {"free": list(self._free_sinks), "of a page": sinks})
+        if astray := set(holders) - set(owned):
+            found.append(f"packed pages that no node owns hold sink slots: {_some(astray)}")
+        return found
 
     # ---- pages ---------------------------------------------------------------------------------------------------
 
@@ -187,3 +196,25 @@ class PackedTier:
                 self._free_sinks.append(self._sink_of_page[page])
                 self._sink_of_page[page] = NO_SINK
             self._free_pages.append(page)
+
+
+def _not_each_once(what: str, ids: range, lists: dict[str, list[int]]) -> list[str]:
+    """One sentence for each kind of difference between `ids` and the ids in `lists` together."""
+    count = Counter(i for listed in lists.values() for i in listed)
+    found = []
+    if lost := [i for i in ids if not count[i]]:
+        found.append(f"{what}s lost, neither {' nor '.join(lists)}: {_some(lost)}")
+    for name, listed in lists.items():
+        if twice := [i for i, n in Counter(listed).items() if n > 1]:
+            found.append(f"{what}s twice {name}: {_some(twice)}")
+    if both := set.intersection(*map(set, lists.values())):
+        found.append(f"{what}s both {' and '.join(lists)}: {_some(both)}")
+    if unknown := [i for i in count if i not in ids]:
+        found.append(f"{what}s that do not exist: {_some(unknown)}")
+    return found
+
+
+def _some(ids: Iterable[int]) -> str:
+    """The first ids, and how many there are."""
+    ids = sorted(ids)
+    return ", ".join(map(str, ids[:8])) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")

@@ -98,6 +98,18 @@ def test_of_a_node_that_does_not_fit_the_first_pages_stay():
     _is_sound(machine)
 
 
+def test_a_part_that_was_split_off_is_as_old_as_its_node():
+    """Else the first pages of a cold prefix would outlive prefixes used since."""
+    machine = _machine(packed_fraction=0.2)
+    _chat(machine, family=0, pages=7)
+    _chat(machine, family=1, pages=2)
+    machine.evict(pages=7)
+    assert _cached_pages(machine, 0) == (6, 0)
+    machine.evict(pages=2)
+    assert _cached_pages(machine, 0) == (0, 0) and _cached_pages(machine, 1) == (2, 0)
+    _is_sound(machine)
+
+
 def test_eviction_stops_when_enough_is_free():
     machine = _machine()
     _chat(machine, family=0, pages=3)
@@ -127,7 +139,7 @@ def test_nothing_is_dropped_for_a_node_that_cannot_be_packed_whole():
     machine.arrive(family=1, shared_pages=6, own=P + 1, salt=0, chunk=MAX_TOKENS)
     node = machine.live[0].last_node
     assert len(node.key) == 7 * P and not machine.tree.pack(node)
-    assert _cached_pages(machine, 0) == (4, 0) and machine.tree.counters.refused_no_room == 1
+    assert _cached_pages(machine, 0) == (4, 0) and machine.tree.counters.refused["too_large"] == 1
     _is_sound(machine)
 
 
@@ -158,7 +170,7 @@ def test_values_the_format_cannot_hold_are_dropped_as_before(monkeypatch):
     machine.tree._drop = machine.drop  # without the machine's check: there is room, and still nothing can be packed
     machine.evict(pages=3)
     assert _cached_pages(machine, 0) == (0, 0)
-    assert (machine.tree.counters.refused_unpackable, machine.tree.counters.dense_pages_dropped) == (1, 3)
+    assert (machine.tree.counters.refused["unpackable"], machine.tree.counters.dense_pages_dropped) == (1, 3)
     _is_sound(machine)
 
 

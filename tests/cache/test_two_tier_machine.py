@@ -155,13 +155,9 @@ def _forgets_leaves_on_unlock(monkeypatch, tree_class):
 
 
 def _drops_locked_packed_leaves(monkeypatch, tree_class):
-    from sgl_hq.cache.packed_room import PackedLeaves
+    from sgl_hq.cache.eviction_order import EvictionOrder
 
-    def packed_leaves(self):
-        leaves = [n for n in _nodes(self) if not n.children]
-        return PackedLeaves(self._packed, leaves, self._pages_of, self._eviction_key)
-
-    monkeypatch.setattr(tree_class, "_packed_leaves", packed_leaves)
+    monkeypatch.setattr(EvictionOrder, "_may_go", lambda self, node: not node.children and self._belongs(node))
 
 
 def _changes_rooms(monkeypatch, tree_class, change):
@@ -176,7 +172,7 @@ def _drops_parents_before_children(monkeypatch, tree_class):
 def _no_packed_page_gives_way(monkeypatch, tree_class):
     original = tree_class._room_for
     first = (float("-inf"), -1)
-    monkeypatch.setattr(tree_class, "_room_for", lambda self, node, key, leaves: original(self, node, first, leaves))
+    monkeypatch.setattr(tree_class, "_room_for", lambda self, node, key: original(self, node, first))
 
 
 def _counts_a_victim_too_many(monkeypatch, tree_class):
@@ -184,17 +180,17 @@ def _counts_a_victim_too_many(monkeypatch, tree_class):
 
 
 def _drops_instead_of_demoting(monkeypatch, tree_class):
-    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted, leaves: 0)
+    monkeypatch.setattr(tree_class, "_demote", lambda self, leaf, wanted: 0)
 
 
 def _demotes_below_dense_nodes(monkeypatch, tree_class):
     original = tree_class._demote
 
-    def demote(self, leaf, wanted, leaves):
+    def demote(self, leaf, wanted):
         path = self._path
         self._path = lambda node: path(node)[-1:] if node is leaf else path(node)
         try:
-            return original(self, leaf, wanted, leaves)
+            return original(self, leaf, wanted)
         finally:
             del self._path
 
@@ -212,21 +208,57 @@ def _promises_more_than_it_frees(monkeypatch, tree_class):
     monkeypatch.setattr(tree_class, "_demote", lambda self, *args: 2 * original(self, *args))
 
 
-def _nodes(tree):
-    stack = list(tree.root_node.children.values())
-    while stack:
-        yield (node := stack.pop())
-        stack.extend(node.children.values())
+def _forgets_what_it_has_just_packed(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_enter_order", lambda self, n: n in self.evictable_leaves and n.id not in self._pages_of and self._dense_order.add(n))
+
+
+def _forgets_leaves_that_stay_dense(monkeypatch, tree_class):
+    from sgl_hq.cache.eviction_order import EvictionOrder
+
+    original, add = tree_class.evict, EvictionOrder.add
+
+    def evict(self, params):
+        self._dense_order.add = lambda node: node is last[-1] or add(self._dense_order, node)
+        pop, last = self._dense_order.pop, [None]
+        self._dense_order.pop = lambda: last.append(pop()) or last[-1]
+        try:
+            return original(self, params)
+        finally:
+            del self._dense_order.add, self._dense_order.pop
+
+    monkeypatch.setattr(tree_class, "evict", evict)
+
+
+def _orders_by_keys_of_old(monkeypatch, tree_class):
+    from sgl_hq.cache.eviction_order import EvictionOrder
+
+    original = EvictionOrder.first
+
+    def first(self):
+        self._key_of, key_of = dict((node, key) for key, node in self._heap).__getitem__, self._key_of
+        try:
+            return original(self)
+        finally:
+            self._key_of = key_of
+
+    monkeypatch.setattr(EvictionOrder, "first", first)
+
+
+def _keeps_victims_out_of_the_order(monkeypatch, tree_class):
+    from sgl_hq.cache.packed_room import _Victims
+
+    monkeypatch.setattr(_Victims, "put_back", lambda self: None)
 
 
 FREE = [_keeps_dense_pages, _frees_dense_pages_twice, _drops_without_freeing, _drops_dense_without_freeing, _keeps_sinks, _flush_keeps_packed_pages]
 LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on_unlock, _drops_locked_packed_leaves]
 SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
 ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many]
+ORDER = [_forgets_what_it_has_just_packed, _forgets_leaves_that_stay_dense, _orders_by_keys_of_old, _keeps_victims_out_of_the_order]
 DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
 
 
-@pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *DEMOTE])
+@pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *ORDER, *DEMOTE])
 def test_the_machine_catches_a_mutant(mutate, monkeypatch):
     from hypothesis import Phase
     from hypothesis.stateful import run_state_machine_as_test
@@ -254,7 +286,7 @@ def test_values_the_format_cannot_hold_stay_dense(monkeypatch, reason):
 
     monkeypatch.setattr(machine.pool, "pack_pages", refuse)
     machine.arrive(family=0, shared_pages=3, own=5, salt=0)
-    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused_unpackable == 1
+    assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused["unpackable"] == 1
     assert machine.pool.packed.pages_used == 0
     machine.every_request_reads_its_own_tokens()
     machine.teardown()

@@ -12,7 +12,7 @@ def test_nothing_asked_for_means_inactive():
 
 
 def test_environment_round_trip():
-    for config in (HQConfig("hq6", "insert", 0.25), HQConfig("hq6", allow_ungated=True)):
+    for config in (HQConfig("hq6", "insert", 0.25), HQConfig("hq6", allow_ungated=True), HQConfig("hq6", audit=16, audit_raise=True)):
         assert from_env(config.to_env()) == config
     assert from_env({"SGLANG_HQ_FORMAT": "int8"}) == HQConfig("int8", "shared", 0.5, 64)
 
@@ -31,6 +31,9 @@ def test_environment_round_trip():
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_PAGE_SIZE": "48"}, "use 64"),
         ({"SGLANG_HQ_PACK": "insert"}, "add --hq-format"),
         ({"SGLANG_HQ_ALLOW_UNGATED": "1"}, "add --hq-format"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_AUDIT": "often"}, "--hq-audit 'often' is not a number: give for example 16"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_AUDIT": "-1"}, "give for example 16, or 0"),
+        ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_AUDIT_RAISE": "1"}, "add --hq-audit"),
         ({"SGLANG_HQ_FORMAT": "hq6", "SGLANG_HQ_ALLOW_UNGATED": "maybe"}, "set it to 1 or unset it"),
         ({"SGLANG_HQ_FROMAT": "hq6"}, "unknown environment variable SGLANG_HQ_FROMAT"),
     ],

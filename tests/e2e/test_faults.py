@@ -35,6 +35,14 @@ def _generate(url: str, *args, **kwargs) -> dict:
     return answer.json()
 
 
+def _packed_answer(url: str, tokens: list[int], new_tokens: int) -> list[int]:
+    """Of a request that reads the prefix from packed pages: the second, since the first one's were dense, and a lossy format may
+    choose another token where two are about as likely."""
+    for _ in range(2):
+        answer = _generate(url, tokens, new_tokens)["output_ids"]
+    return answer
+
+
 def _state(server) -> dict:
     return server.server_info()["internal_states"][0]["hq"]
 
@@ -67,20 +75,20 @@ def servers(model):
 
 def test_a_flush_under_load_is_refused_and_harms_nobody(servers):
     (server,) = servers
-    alone = _generate(server.url, PREFIX + [5, 6, 7], 24)["output_ids"]
+    alone = _packed_answer(server.url, PREFIX + [5, 6, 7], 24)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_generate, server.url, PREFIX + [5, 6, 7], 24)
         _until(server, lambda state: state["live_requests"] == 1)
         refused = httpx.post(server.url + "/flush_cache", timeout=60)
         assert refused.status_code == 400
         assert _state(server)["packed"]["pages_used"] == len(PREFIX) // 64, "the flush took pages that are being read"
-        assert running.result()["output_ids"][:8] == alone[:8]
+        assert running.result()["output_ids"] == alone
     _is_empty_after_a_flush(server)
 
 
 def test_an_abort_between_two_chunks_gives_every_page_back(servers):
     (server,) = servers
-    expected = _generate(server.url, PREFIX + [9], 16)["output_ids"]
+    expected = _packed_answer(server.url, PREFIX + [9], 16)
     long = PREFIX + [2000 + i for i in range(2600)]
     with ThreadPoolExecutor(2) as pool:
         aborted = pool.submit(_generate, server.url, long, 8, rid="long")
@@ -95,7 +103,7 @@ def test_an_abort_between_two_chunks_gives_every_page_back(servers):
 
 def test_a_disconnect_in_mid_stream_leaves_the_others_their_tokens(servers):
     (server,) = servers
-    expected = _generate(server.url, PREFIX + [11], 16)["output_ids"]
+    expected = _packed_answer(server.url, PREFIX + [11], 16)
 
     async def storm() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
@@ -116,7 +124,7 @@ def test_a_disconnect_in_mid_stream_leaves_the_others_their_tokens(servers):
 
 def test_killed_with_requests_in_flight_it_leaves_nothing_and_starts_again_on_its_port(servers, model):
     (server,) = servers
-    expected = _generate(server.url, PREFIX + [13], 12)["output_ids"]
+    expected = _packed_answer(server.url, PREFIX + [13], 12)
     family = psutil.Process(server._process.pid).children(recursive=True)
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(_generate, server.url, PREFIX + [13], 400) for _ in range(2)]
@@ -130,12 +138,12 @@ def test_killed_with_requests_in_flight_it_leaves_nothing_and_starts_again_on_it
     server.stop()
     servers[0] = _server(model, port=server.port)
     servers[0].start()
-    assert _generate(servers[0].url, PREFIX + [13], 12)["output_ids"] == expected
+    assert _packed_answer(servers[0].url, PREFIX + [13], 12) == expected
 
 
 def test_asked_to_leave_it_answers_what_is_in_flight_and_exits(servers):
     (server,) = servers
-    expected = _generate(server.url, PREFIX + [14], 40)["output_ids"]
+    expected = _packed_answer(server.url, PREFIX + [14], 40)
     family = psutil.Process(server._process.pid).children(recursive=True)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_generate, server.url, PREFIX + [14], 40)

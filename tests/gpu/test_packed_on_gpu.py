@@ -180,7 +180,7 @@ def check_books(server, fmt) -> list[str]:
     checks = {
         "sharers read packed pages": counters["packed_tokens_attended"] >= (SHARERS + CROWD) * (NEW_TOKENS - 2) * PREFIX,
         "pages are read once per group": counters["packed_tokens_read"] < counters["packed_tokens_attended"] / 2,
-        "the prefix is packed": packed["pages_used"] >= PREFIX // 64 and counters["refused_unpackable"] == 0,
+        "the prefix is packed": packed["pages_used"] >= PREFIX // 64 and counters["refused"]["unpackable"] == 0,
         "the workspace was charged": 0.9 * charged < seen["workspace_bytes"] / 2**20 < 1.5 * charged,  # eager plans may grow
     }
     alone = random.Random(77)

@@ -33,7 +33,7 @@ def fake_module(monkeypatch):
 
 def test_help_names_every_command():
     shown = invoke("--help").output
-    for command in ("serve", "ab", "gate", "demo-model", "formats", "doctor"):
+    for command in ("serve", "ab", "gate", "demo-model", "formats", "top", "doctor"):
         assert command in shown
 
 
@@ -42,7 +42,7 @@ def test_version():
     assert (result.exit_code, result.output) == (0, __version__ + "\n")
 
 
-@pytest.mark.parametrize("command", ["", "serve", "ab", "gate", "demo-model", "formats", "doctor"])
+@pytest.mark.parametrize("command", ["", "serve", "ab", "gate", "demo-model", "formats", "top", "doctor"])
 def test_help_loads_neither_torch_nor_sglang(command):
     script = (
         "import sys; from sgl_hq.launch.cli import main; sys.argv = ['sgl-hq', *sys.argv[1:], '--help']\n"

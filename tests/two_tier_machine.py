@@ -10,6 +10,7 @@ Tests with one scenario each drive the same machine by hand.
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -35,10 +36,18 @@ class Request:
         self.rid, self.tokens = rid, tokens
         self.origin_input_ids, self.output_ids = array("q", tokens), array("q")
         self.req_pool_idx, self.kv_committed_len, self.inflight_middle_chunks = None, 0, 0
+        self._hashes: list[int] = []  # of each prefix
 
     @property
     def kv(self):
         return SimpleNamespace(kv_allocated_len=self.allocated)
+
+    def values(self, start: int, end: int) -> torch.Tensor:
+        """A bf16 bit pattern per position that depends on the whole prefix, as real K does; finite, exact in bf16."""
+        for token in self.tokens[len(self._hashes) : end]:
+            self._hashes.append(zlib.crc32(token.to_bytes(4, "little"), self._hashes[-1] if self._hashes else 0))
+        below_inf = [h & 0x3FFF for h in self._hashes[start:end]]  # 0x7f80
+        return torch.tensor(below_inf, dtype=torch.int16).view(torch.bfloat16)
 
     def get_fill_ids(self):
         return (self.origin_input_ids + self.output_ids)[: self.filled]
@@ -203,7 +212,7 @@ class TwoTierMachine(RuleBasedStateMachine):
                 parts.append(self._packed_k(segment.pages))
             slots = self.rows.req_to_token[req.req_pool_idx, run.tokens : req.allocated].long()
             parts.append(self.pool.k_buffer[0][slots, 0, 0])
-            assert torch.equal(torch.cat(parts), _values(req.tokens, 0, req.allocated)), f"{req.rid} reads foreign KV"
+            assert torch.equal(torch.cat(parts), req.values(0, req.allocated)), f"{req.rid} reads foreign KV"
 
     def teardown(self):
         if not hasattr(self, "live"):
@@ -273,7 +282,7 @@ class TwoTierMachine(RuleBasedStateMachine):
     def _write(self, req, start, end):
         slots = self.rows.req_to_token[req.req_pool_idx, start:end].long()
         assert (slots < self.pool.packed_base).all(), "a packed id would be written as a dense slot"
-        self.pool.k_buffer[0][slots, 0, 0] = _values(req.tokens, start, end)
+        self.pool.k_buffer[0][slots, 0, 0] = req.values(start, end)
         self.pool.k_buffer[0][slots, 0, 1:] = 0
 
     def _leave(self, req, insert):
@@ -291,14 +300,3 @@ def prompt(family: int, shared_pages: int, own: int, salt: int) -> list[int]:
 def _unfinished(req: Request) -> bool:
     """A chunk of its prompt is still to come."""
     return req.allocated < len(req.tokens)
-
-
-def _values(tokens, start, end):
-    """A bf16 bit pattern per position that depends on the whole prefix, as real K does; finite, exact in bf16."""
-    import zlib
-
-    out, running = [], 0
-    for token in tokens[:end]:
-        running = zlib.crc32(token.to_bytes(4, "little"), running)
-        out.append(running & 0x3FFF)  # below 0x7f80: finite
-    return torch.tensor(out[start:end], dtype=torch.int16).view(torch.bfloat16)

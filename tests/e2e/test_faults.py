@@ -22,7 +22,7 @@ PREFIX = [1000 + (7 * i) % 5000 for i in range(256)]
 
 
 def _server(model, port=None) -> ServerProcess:
-    return ServerProcess(str(model), ARGS, env=ENVIRONMENT, port=port, start_timeout_s=600)
+    return ServerProcess(str(model), ARGS, env=ENVIRONMENT, port=port, start_timeout_s=780)
 
 
 def _body(tokens: list[int], new_tokens: int, rid: str | None = None, stream: bool = False) -> dict:

@@ -28,7 +28,7 @@ def _prompt(prefix_tokens: int, user: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def server(model):
-    with ServerProcess(str(model), ARGS, stop_grace_s=0) as server:
+    with ServerProcess(str(model), ARGS, stop_grace_s=0, start_timeout_s=780) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
         for prefix in (SHORT, LONG):
             client.completions.create(model="m", prompt=_prompt(prefix, 0), max_tokens=ANSWER, temperature=0)

@@ -31,7 +31,7 @@ TOPICS = ("assignment", "class", "try", "import", "function", "with", "for", "op
 
 @pytest.fixture(scope="module")
 def server(model):
-    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0, start_timeout_s=600) as server:
+    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0, start_timeout_s=780) as server:
         yield server
         log = server.log_text()
         assert "leak" not in log.lower() and "Traceback" not in log, log[-3000:]

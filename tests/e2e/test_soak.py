@@ -22,7 +22,7 @@ ARGS = ["--hq-format", "int8", "--hq-allow-ungated", "--max-total-tokens", "6144
 
 @pytest.fixture(scope="module")
 def server(model):
-    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0) as server:
+    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0, start_timeout_s=780) as server:
         yield server
 
 

@@ -60,15 +60,13 @@ class DemotingEviction(RadixCache):
         for node in [n for n in self._path(leaf) if n.id not in self._pages_of]:
             if freed >= wanted or node.id in self._unpackable:
                 break
-            room = self._room_for(node, key)
-            if not room.pages:
-                self.refusals.no_room(len(node.key) // self.page_size, 1, self._packed, self.packed_live_pages)
-                break
-            top = self._first_pages(node, room.pages)
-            if not self._pack_into(room, top):
-                break
-            freed += len(top.key)
-            if top is not node:
+            room, pages = self._room_for(node, key), len(node.key) // self.page_size
+            if room.pages:
+                if not self._pack_into(room, self._first_pages(node, room.pages)):
+                    break
+                freed += room.pages * self.page_size
+            if room.pages < pages:
+                self.refusals.no_room(pages - room.pages, 1, self._packed, self.packed_live_pages)
                 break
         if freed:
             self.counters.demoted(freed // self.page_size, time.perf_counter() - start_time)

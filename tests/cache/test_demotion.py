@@ -95,6 +95,7 @@ def test_of_a_node_that_does_not_fit_the_first_pages_stay():
     machine.evict(pages=8)
     assert _cached_pages(machine, 2) == (6, 0)
     assert (machine.tree.counters.pages_demoted, machine.tree.counters.dense_pages_dropped) == (6, 2)
+    assert machine.tree.counters.refused["no_pages"] == 1, "it is said why two pages were lost"
     _is_sound(machine)
 
 
@@ -116,6 +117,18 @@ def test_eviction_stops_when_enough_is_free():
     _chat(machine, family=1, pages=3)
     machine.evict(pages=2)
     assert _cached_pages(machine, 0) == (3, 0) and _cached_pages(machine, 1) == (0, 3)
+    _is_sound(machine)
+
+
+def test_of_a_path_only_what_is_needed_is_packed():
+    machine = _machine("pressure")
+    for salt in (0, 1):
+        machine.arrive(family=0, shared_pages=4, own=2 * P, salt=salt, chunk=MAX_TOKENS)
+        machine.leave(pick=0, insert=True)
+    machine.evict(pages=1)
+    assert _cached_pages(machine, 0) == (4, 4) and machine.tree.counters.pages_demoted == 4
+    machine.evict(pages=1)
+    assert _cached_pages(machine, 0) == (6, 2), "the leaf that stayed dense is the first of the next eviction"
     _is_sound(machine)
 
 
@@ -171,6 +184,25 @@ def test_values_the_format_cannot_hold_are_dropped_as_before(monkeypatch):
     machine.evict(pages=3)
     assert _cached_pages(machine, 0) == (0, 0)
     assert (machine.tree.counters.refused["unpackable"], machine.tree.counters.dense_pages_dropped) == (1, 3)
+    _is_sound(machine)
+
+
+def test_below_values_that_the_format_cannot_hold_nothing_is_tried_again(monkeypatch):
+    machine = _machine("pressure")
+    for salt in (0, 1):
+        machine.arrive(family=0, shared_pages=4, own=2 * P, salt=salt, chunk=MAX_TOKENS)
+        machine.leave(pick=0, insert=True)
+    tried = []
+
+    def refuse(*_):
+        tried.append(1)
+        raise NonFiniteError("NaN")
+
+    monkeypatch.setattr(machine.pool, "pack_pages", refuse)
+    machine.tree._drop = machine.drop
+    machine.evict(pages=8)
+    assert len(tried) == machine.tree.counters.refused["unpackable"] == 1
+    assert _cached_pages(machine, 0) == (0, 0)
     _is_sound(machine)
 
 

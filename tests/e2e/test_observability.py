@@ -125,7 +125,7 @@ def test_top_prints_one_picture_and_ends(server, shown):
     done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     block, metrics = shown
-    assert "format int8  pack shared  gate ungated" in done.stdout
+    assert f"format int8  pack shared  gate {block['gate']['verdict']}" in done.stdout
     row = next(line.split() for line in done.stdout.splitlines() if line.startswith("packed  "))
     assert row[-5:-1] == [str(block["packed"]["pages_" + state]) for state in ("total", "live", "cached", "free")]
     assert f"{block['counters']['packed_tokens_read']:,} tokens" in done.stdout

@@ -59,13 +59,13 @@ def sample(name, **labels):
 def test_every_export_adds_only_what_is_new(exporter):
     exporter.export(block(groups=[1, 16, 16], packs=[0.02], read=640, refused=1, pages=5))
     exporter.export(block(groups=[1, 16, 16, 300], packs=[0.02, 5.0], read=1280, refused=1, pages=4))
-    exporter.export(block(groups=[1, 16, 16, 300], packs=[0.02, 5.0], read=1280, refused=4, pages=4))
+    exporter.export(block(groups=[1, 16, 16, 300, 16], packs=[0.02, 5.0], read=1280, refused=4, pages=4))
     assert sample("sglang:hq_packed_tokens_read_total") == 1280 and sample("sglang:hq_packed_tokens_attended_total") == 2560
     assert sample(REFUSALS, reason="no_pages") == 4
     assert sample(PAGES, tier="dense", state="live") == 4
     buckets = {le: sample("sglang:hq_group_requests_bucket", le=le) for le in ("1.0", "8.0", "16.0", "256.0", "+Inf")}
-    assert buckets == {"1.0": 1, "8.0": 1, "16.0": 3, "256.0": 3, "+Inf": 4}
-    assert (sample("sglang:hq_group_requests_sum"), sample("sglang:hq_group_requests_count")) == (333, 4)
+    assert buckets == {"1.0": 1, "8.0": 1, "16.0": 4, "256.0": 4, "+Inf": 5}
+    assert (sample("sglang:hq_group_requests_sum"), sample("sglang:hq_group_requests_count")) == (349, 5)
     assert sample("sglang:hq_operation_seconds_sum", operation="pack") == pytest.approx(5.02)
     assert sample("sglang:hq_operation_seconds_bucket", operation="pack", le="3.0") == 1
     assert sample("sglang:hq_pages_moved_total", operation="pack") == 7, "demoted pages are counted as such"

@@ -17,7 +17,6 @@ from sgl_hq.page_format import PAGE_TOKENS
 EVICTED = "sglang:evicted_tokens_total"
 EVICTION_TIMES = "sglang:eviction_duration_seconds_count"
 RETRACTED = "sglang:num_retracted_requests_total"
-PACKS_INSTEAD_OF_EVICTING = "pressure"  # --hq-pack, sgl_hq/cache/pack_policy.py
 # Counter -> witness (sglang 0.5.17, srt/observability/metrics_collector.py). The tree's collector has no metric that it sets
 # without an event; the scheduler that owns the tree publishes its slots, and both are made under the one flag.
 WITNESSES = {
@@ -71,13 +70,12 @@ def total(samples: Sequence[Sample], name: str) -> int:
 def packed_tier_evictions(hq: dict[str, Any] | None) -> int:
     """Tokens to add to SGLang's count of evicted ones, which knows dense pages only.
 
-    What the packed tier dropped is lost and counts. Under the policy `pressure` SGLang's eviction packs pages in place of
-    dropping them and counts them as evicted although they stay on the device: they are taken off again.
+    What the packed tier dropped is lost and counts. SGLang counts as evicted what was packed in place of being dropped
+    (`pages_demoted`), although it stays on the device: it is taken off again.
     """
     if hq is None:
         return 0
-    kept = hq["counters"]["pages_packed"] if hq["pack"] == PACKS_INSTEAD_OF_EVICTING else 0
-    return (hq["counters"]["pages_dropped"] - kept) * PAGE_TOKENS
+    return (hq["counters"]["pages_dropped"] - hq["counters"]["pages_demoted"]) * PAGE_TOKENS
 
 
 def _values(samples: Sequence[Sample], name: str) -> list[float]:

@@ -10,8 +10,8 @@ from sgl_hq.launch.load_ab.counters import WITNESSES, Counters, packed_tier_evic
 from sgl_hq.launch.server_process import Sample
 
 
-def hq(pack: str, packed: int, dropped: int) -> dict:
-    return {"pack": pack, "counters": {"pages_packed": packed, "pages_dropped": dropped}}
+def hq(demoted: int, dropped: int) -> dict:
+    return {"counters": {"pages_packed": 20, "pages_demoted": demoted, "pages_dropped": dropped}}
 
 
 def test_absent_counters_are_0_before_the_first_event():
@@ -46,8 +46,7 @@ def test_totals_over_label_sets_and_their_difference():
 
 def test_what_the_packed_tier_adds():
     assert packed_tier_evictions(None) == 0
-    for pack in ("shared", "insert"):
-        assert packed_tier_evictions(hq(pack, packed=9, dropped=2)) == 128, "packing evicts nothing there"
-    assert packed_tier_evictions(hq("pressure", packed=9, dropped=2)) == (2 - 9) * 64
+    assert packed_tier_evictions(hq(demoted=0, dropped=2)) == 128, "what was packed while there was room is no eviction"
+    assert packed_tier_evictions(hq(demoted=9, dropped=2)) == (2 - 9) * 64
     counted = metrics_samples({"sglang:evicted_tokens_total": 10 * 64})  # nine of the ten pages were packed, two dropped since
-    assert read_counters(counted, hq("pressure", packed=9, dropped=2)).evicted_tokens == 3 * 64
+    assert read_counters(counted, hq(demoted=9, dropped=2)).evicted_tokens == 3 * 64

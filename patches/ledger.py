@@ -96,6 +96,20 @@ LEDGER: tuple[Patch, ...] = (
         "a backend cannot say that a batch does not fit its graph buffers", "backends are asked",
     ),
     Patch(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", "around", "sgl_hq.patches.long_requests:longest_request", ("self",),
+        "a request may be no longer than the dense tier, though packed pages of its prefix take nothing of it",
+        "pools state the longest request",
+    ),
+    Patch(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens", "around", "sgl_hq.patches.long_requests:longest_answer",
+        ("self", "req"), "the same bound on prompt and answer together", "as above",
+    ),
+    Patch(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", "around", "sgl_hq.patches.long_requests:admit",
+        ("self", "req", "has_chunked_req", "truncation_align_size"),
+        "how much of a request is packed is known only when its prefix is matched", "as above",
+    ),
+    Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),
         "/server_info has no section for plugins", "it has one",
     ),

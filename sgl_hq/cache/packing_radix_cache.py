@@ -125,6 +125,17 @@ class PackingRadixCache(DemotingEviction):
             return False
         return self._pack_into(room, node)
 
+    def pack_path(self, node: TreeNode) -> bool:
+        """Pack the dense part of the path to `node` from the top, whatever the policy, as far as there is room; whether any was packed."""
+        packed = False
+        for n in self._path(node):
+            if n.id in self._pages_of:
+                continue
+            if not self.pack(n):
+                break
+            packed = True
+        return packed
+
     def _pack_into(self, room: Room, node: TreeNode) -> bool:
         """`room` holds all of `node`; its victims are lost."""
         for victim in room.victims:

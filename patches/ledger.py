@@ -110,6 +110,11 @@ LEDGER: tuple[Patch, ...] = (
         "how much of a request is packed is known only when its prefix is matched", "as above",
     ),
     Patch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", "before", "sgl_hq.patches.bad_requests:check",
+        ("self", "obj", "input_ids"), "token ids outside the vocabulary, empty prompts and fractions end the scheduler, and with it all requests",
+        "SGLang checks them",
+    ),
+    Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),
         "/server_info has no section for plugins", "it has one",
     ),

@@ -7,6 +7,7 @@ evicts in almost every decode step, so here an eviction costs what it evicts.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Callable, Set
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,6 @@ class EvictionOrder:
         self._leaves, self._belongs, self._key_of = leaves, belongs, key_of
         self._heap: list[tuple[tuple, TreeNode]] = []
         self._entered: set[TreeNode] = set()
-
-    def __len__(self) -> int:
-        return len(self._heap)
 
     def add(self, node: TreeNode) -> None:
         """`node` has become a leaf that may go, or was taken by `pop` and stays."""
@@ -61,6 +59,12 @@ class EvictionOrder:
         heapq.heappop(self._heap)
         self._entered.remove(found[1])
         return found[1]
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Host bytes; the numbers in the keys belong to the nodes."""
+        entries = sum(sys.getsizeof(entry) + sys.getsizeof(entry[0]) for entry in self._heap)
+        return sys.getsizeof(self._heap) + sys.getsizeof(self._entered) + entries
 
     def _may_go(self, node: TreeNode) -> bool:
         return node in self._leaves and self._belongs(node)

@@ -269,7 +269,8 @@ class PackingRadixCache(DemotingEviction):
 
     @property
     def metadata_bytes(self) -> int:
-        """Host bytes of our tables: pages and users per node, and the registry of live requests."""
+        """Host bytes of our tables: pages, users and place in the order of eviction per node, and the registry of live requests."""
         pages = sys.getsizeof(self._pages_of) + sum(map(sys.getsizeof, self._pages_of.values()))
         users = sys.getsizeof(self._users_of) + sum(sys.getsizeof(u) + sum(map(sys.getsizeof, u)) for u in self._users_of.values())
-        return pages + users + self.live.metadata_bytes
+        orders = self._dense_order.metadata_bytes + self._packed_order.metadata_bytes
+        return pages + users + orders + self.live.metadata_bytes

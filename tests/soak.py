@@ -1,8 +1,8 @@
 """A server under random requests in a pool that is always full, for a stated time: what the CPU and the GPU soak share.
 
-`storm` sends and samples, `problems` judges. The time counts from the moment that packed pages
-had to be dropped for others. A fifth of the requests is given up by its client. Prompts begin with a text that
-their family shares, cut at a length that is log-uniform, so that short and long prefixes are equally frequent.
+`storm` sends and samples, `soak_report.problems` judges. The time counts from the moment that packed pages had to be dropped for
+others. A fifth of the requests is given up by its client. Prompts begin with a text that their family shares, cut at a length that
+is log-uniform, so that short and long prefixes are equally frequent.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
+from soak_report import Report, Sample
 
 from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.page_format import PAGE_TOKENS
 
-MIB = 2**20
 SAMPLES = 120  # over the whole time
 FILL_S = 1200.0  # until then the pool must be full
 KINDS = {"read": 79, "hang up": 8, "give up": 6, "abort": 5, "abort all": 1, "flush": 1}  # of 100 requests
@@ -38,31 +36,6 @@ class Load:
     families: int
     longest: int
     new_tokens: int
-
-
-class Sample(NamedTuple):
-    """host: resident bytes of all processes of the server; device: bytes taken on the GPU; *_full: share of a tier that is in use."""
-
-    host: int
-    device: int
-    dense_full: float
-    packed_full: float
-    pages_dropped: int
-
-
-@dataclass
-class Report:
-    outcome: Counter = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    filled_s: float = 0.0  # until the pool was full
-    tokens: int = 0  # generated in answers that came whole
-    longest_prompt: int = 0
-
-    def median(self, name: str, part: tuple[float, float]) -> float:
-        """Of one field of the samples between two fractions of the time."""
-        start, end = (int(at * len(self.samples)) for at in part)
-        return statistics.median(getattr(sample, name) for sample in self.samples[start:end])
 
 
 def state(server: ServerProcess) -> dict:
@@ -116,31 +89,6 @@ def storm(server: ServerProcess, load: Load, seconds: float, seed: int = 7, devi
 
     asyncio.run(run())
     return report
-
-
-def problems(report: Report, host_growth: int, device_growth: int) -> list[str]:
-    """What a soak must not show. *_growth: bytes that may be added after the first third of the time."""
-    given_up = sum(report.outcome[kind] for kind in ("hang up", "give up", "aborted")) / sum(report.outcome.values())
-    steady, late = (1 / 3, 1 / 2), (5 / 6, 1)
-    holds = {
-        "given up by their clients, not about a fifth": 0.12 < given_up < 0.3,
-        "the packed tier was not full": report.median("packed_full", (0, 1)) > 0.8,  # dropping a node makes more room than a page
-        "the dense tier was not full": report.median("dense_full", (0, 1)) > 0.7,  # an ended request's own pages are free for a while
-        "nothing was evicted": report.samples[0].pages_dropped < report.samples[-1].pages_dropped,
-        "host memory grew": report.median("host", late) - report.median("host", steady) < host_growth,
-        "device memory grew": report.median("device", late) - report.median("device", steady) < device_growth,
-    }
-    return report.failures + [what for what, true in holds.items() if not true]
-
-
-def summary(report: Report) -> str:
-    """One line for a person."""
-    requests = f"{sum(report.outcome.values())} requests {dict(report.outcome)}, {report.tokens} tokens generated"
-    lines = [f"full after {report.filled_s:.0f} s", requests, f"prompts up to {report.longest_prompt} tokens"]
-    for name, unit in (("host", MIB), ("device", MIB), ("dense_full", 0.01), ("packed_full", 0.01), ("pages_dropped", 1)):
-        parts = [f"{report.median(name, part) / unit:.0f}" for part in ((0, 1 / 3), (1 / 3, 1 / 2), (1 / 2, 5 / 6), (5 / 6, 1))]
-        lines.append(f"{name} {' -> '.join(parts)}{' MiB' if unit == MIB else ' %' if unit < 1 else ''}")
-    return "; ".join(lines)
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
@@ -238,8 +186,14 @@ async def _watch(server, http, seconds: float, device_bytes, over: asyncio.Event
             full_since = time.monotonic()
             report.filled_s = full_since - started
         if full_since is not None:
-            host = sum(process.memory_info().rss for process in (main, *main.children(recursive=True)))
+            host = sum(map(_own_bytes, (main, *main.children(recursive=True))))
             report.samples.append(Sample(host, device_bytes(), dense_full, packed_full, now["counters"]["pages_dropped"]))
         assert full_since is not None or time.monotonic() < started + FILL_S, f"the packed tier is not full after {FILL_S:.0f} s"
         await asyncio.sleep(seconds / SAMPLES)
     over.set()
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    """Anonymous memory of a process, in memory or swapped out. Pages of files come and go with what else runs on the machine."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+    return sum(int(status[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))

@@ -1,0 +1,238 @@
+"""Requests that nobody should send, and the same ones that anybody may: generated from the served OpenAPI, malformed, too long.
+
+One packing server with small pools that checks its books whenever a request ends and whose stale KV is NaN (`checked_server.py`).
+Every answer must have the status of success or of a client's mistake; KNOWN says what SGLang 0.5.17 itself answers otherwise.
+
+SGLang 0.5.17 does not check some values that end its scheduler, with or without us. They are kept out (`_within_reason`):
+token ids outside the vocabulary (`TokenizerManager._validate_input_ids_in_vocab` exists and nobody calls it: IndexError in the
+embedding), empty lists of token ids within a batch (a prefill of no tokens, whose answer begins from another request's last token),
+more or fewer than the possible top log-probabilities, integers beyond 32 bits, which become tensors, and a fraction as
+`max_new_tokens` (TypeError in `Req.output_ids_through_stop`).
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import checked_server
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from soak import books, idle_state, probe, state
+
+import sgl_hq
+from sgl_hq.launch.server_process import ServerProcess
+
+CONTEXT, BUDGET = 2048, 3840  # 28 of the budget's 60 pages are dense: less than a context
+ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
+ARGS = ["--hq-format", "hq7", "--max-total-tokens", str(BUDGET), "--hq-packed-fraction", "0.5", "--context-length", str(CONTEXT),
+        "--chunked-prefill-size", "512", "--grammar-backend", "none", "--random-seed", "0"]  # fmt: skip
+GENERATING = {
+    "/generate": {"input_ids": [5, 6, 7]},
+    "/v1/completions": {"model": "m", "prompt": "One"},
+    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "One"}]},
+}
+READING = [("/v1/tokenize", "POST"), ("/v1/detokenize", "POST"), ("/health", "GET"), ("/model_info", "GET"), ("/server_info", "GET"),
+           ("/v1/loads", "GET"), ("/v1/models", "GET"), ("/v1/models/{model}", "GET")]  # fmt: skip
+# Fields that the scheduler and the cache see. The others belong to features that are refused or off: media, adapters, sessions, PD.
+FIELDS = {"text", "input_ids", "sampling_params", "rid", "extra_key", "cache_salt", "stream", "return_logprob", "logprob_start_len",
+          "top_logprobs_num", "return_text_in_logprobs", "model", "prompt", "messages", "echo", "max_tokens", "max_completion_tokens",
+          "max_new_tokens", "min_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos",
+          "frequency_penalty", "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "seed", "user", "stream_options",
+          "skip_special_tokens", "no_stop_trim", "continue_final_message", "role", "content"}  # fmt: skip
+# Generated integers have no limit, and each choice is a request.
+LIMITS = {"max_new_tokens": (-2, 4), "max_tokens": (-2, 4), "max_completion_tokens": (-2, 4), "n": (-2, 2), "logprobs": (0, 5),
+          "top_logprobs": (0, 5), "top_logprobs_num": (0, 5), "logprob_start_len": (-1, 2**31), "input_ids": (0, 49151), "prompt": (0, 49151)}  # fmt: skip
+INT32 = (-(2**31), 2**31 - 1)
+KNOWN = [
+    # `sampling_params` of /generate is a dict of anything; a comparison with another type raises TypeError, which nothing catches.
+    (500, "Internal Server Error"),
+    # The same in the OpenAI interface: a list in `rid` that holds lists, `echo` of a stream without the log-probabilities it needs.
+    (500, "Internal server error: "),
+]
+EXAMPLES = 10
+PREFIX = [200 + i % 3000 for i in range(CONTEXT + 64)]
+
+few = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    server = ServerProcess(str(model), ARGS, env=ENVIRONMENT, start_timeout_s=900, stop_grace_s=0)
+    server.argv[1:3] = [checked_server.__file__]
+    with server:
+        yield server
+        print(server.log_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def before(server):
+    """The probe's answers before anything else was sent."""
+    return probe(server)
+
+
+@pytest.fixture(scope="module")
+def openapi(server):
+    return schemathesis.openapi.from_dict(httpx.get(server.url + "/openapi.json", timeout=60).json())
+
+
+def _is_sane(answer: httpx.Response, sent: object) -> None:
+    known = [text for status, text in KNOWN if status == answer.status_code and text in answer.text]
+    assert 200 <= answer.status_code < 500 or known, f"{answer.status_code} {answer.text[:300]!r} for {str(sent)[:300]!r}"
+
+
+def _post(server, path: str, body: object) -> httpx.Response:
+    answer = httpx.post(server.url + path, json=body, timeout=600)
+    _is_sane(answer, body)
+    return answer
+
+
+def _post_all(server, requests: list[tuple[str, object]]) -> None:
+    """All at once, a few at a time: they meet in batches."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda request: _post(server, *request), requests))
+    server.check_alive()
+
+
+def _within_reason(value: object, limits: tuple[int, int] = INT32) -> object:
+    """The same value with fields of other features left out and integers put within their limits."""
+    if isinstance(value, dict):
+        return {key: _within_reason(inner, LIMITS.get(key, INT32)) for key, inner in value.items() if key in FIELDS}
+    if isinstance(value, list):
+        return [_within_reason(inner, limits) for inner in value if inner != []]
+    if type(value) is float and limits != INT32:
+        value = int(min(max(value, limits[0]), limits[1]))
+    return min(max(value, limits[0]), limits[1]) if type(value) is int else value
+
+
+# ---- generated from the schema ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
+def test_generated_bodies_of_generating_requests(server, before, openapi, path, mode):
+    """Each body as it is, and again with a prompt where that has none, so that the rest of it is looked at."""
+    requests = []
+
+    @given(case=openapi[path]["POST"].as_strategy(generation_mode=mode))
+    @few
+    def every_case(case):
+        body = _within_reason(case.body)
+        if isinstance(body, dict):
+            limits = {"sampling_params": {"max_new_tokens": 2}} if path == "/generate" else {"max_tokens": 2}
+            requests.extend([(path, body), (path, limits | body | GENERATING[path])])
+        elif isinstance(body, bytes):
+            _is_sane(_send(server, "POST", path, body), body)
+
+    every_case()
+    _post_all(server, requests)
+
+
+@pytest.mark.parametrize("path, method", READING)
+def test_generated_requests_that_only_read(server, before, openapi, path, method):
+    @given(case=openapi[path][method].as_strategy())
+    @few
+    def every_case(case):
+        answer = case.call(base_url=server.url, timeout=300)
+        assert answer.status_code < 500 or any(status == answer.status_code and text in answer.text for status, text in KNOWN), answer.text
+
+    every_case()
+    server.check_alive()
+
+
+# ---- malformed -------------------------------------------------------------------------------------------------------
+
+NO_JSON = [b"", b"{", b"null", b"[]", b'"text"', b"17", b"\xff\xfe\x00", b'{"input_ids": [1', b'{"a": NaN}', b"[" * 2000, b'{"text": "\\ud800"}']
+
+
+def _send(server, method: str, path: str, raw: bytes, kind: str = "application/json") -> httpx.Response:
+    return httpx.request(method, server.url + path, content=raw, headers={"Content-Type": kind}, timeout=300)
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_bodies_that_are_no_request(server, before, path):
+    for raw in NO_JSON:
+        _is_sane(_send(server, "POST", path, raw), raw)
+    valid = json.dumps(GENERATING[path] | {"max_tokens": 1}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        _is_sane(_send(server, "POST", path, valid, kind), kind)
+    for method in ("GET", "DELETE", "PATCH"):
+        assert _send(server, method, path, valid).status_code == 405
+    server.check_alive()
+
+
+WRONG = [-1, 0, 1.5, -1e308, "many", "", True, [], {}, [[]]]
+SAMPLING = ["max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "repetition_penalty", "stop",
+            "stop_token_ids", "ignore_eos", "json_schema", "regex"]  # fmt: skip
+TOP_LEVEL = ["input_ids", "text", "return_logprob", "logprob_start_len", "stream", "rid", "extra_key"]
+OPENAI = ["max_tokens", "temperature", "top_p", "echo", "stop", "seed", "cache_salt", "extra_key", "suffix", "prompt", "messages"]
+
+
+def test_wrong_sampling_parameters(server, before):
+    for field in SAMPLING:
+        bodies = [{"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2} | {field: value}} for value in WRONG]
+        _post_all(server, [("/generate", body) for body in bodies if body["sampling_params"]["max_new_tokens"] != 1.5])
+
+
+def test_wrong_fields(server, before):
+    for field in TOP_LEVEL:
+        wrong = [value for value in WRONG if (field, value) not in (("input_ids", [[]]), ("input_ids", -1))]
+        bodies = [{"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}} | {field: value} for value in wrong]
+        _post_all(server, [("/generate", body) for body in bodies])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_wrong_fields_of_the_openai_interface(server, before, path):
+    for field in OPENAI:
+        _post_all(server, [(path, GENERATING[path] | {"max_tokens": 2} | {field: value}) for value in WRONG if (field, value) != ("prompt", [[]])])
+
+
+TOKEN_IDS = [[], ["a"], [1.5], [None], [49151], [[5], [6, 7]], [[5], "a"], {"0": 5}, 5, "5"]
+
+
+def test_token_ids(server, before):
+    _post_all(server, [("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 2}}) for ids in TOKEN_IDS])
+
+
+# ---- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_around_every_limit(server, before):
+    """One token, a page, the dense tier and the context, each with one token less and more: served whole or refused by the client's
+    fault. Twice, so that what was cached of them is packed and read."""
+    dense = state(server)["dense"]["tokens_total"]
+    assert dense < CONTEXT, "no prompt of the context's length is longer than the dense tier"
+    served = {}
+    for _ in range(2):
+        for length in (1, 63, 64, 65, *range(dense - 2, dense + 2), CONTEXT - 1, CONTEXT, CONTEXT + 1):
+            body = {"input_ids": PREFIX[:length], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+            answer = _post(server, "/generate", body)
+            if answer.status_code == 200:
+                served[length] = answer.json()["meta_info"]["completion_tokens"]
+    assert served and max(served) >= dense - 64, f"only {sorted(served)} were served"
+    assert all(length <= dense for length in served) and set(served.values()) == {1}
+
+
+@pytest.mark.parametrize("new_tokens", [CONTEXT, 10**9, 2**31, 2**63, 2**64])
+def test_more_new_tokens_than_the_context_holds(server, before, new_tokens):
+    """Refused, or ended where the dense tier or the context ends."""
+    prompt = PREFIX[: state(server)["dense"]["tokens_total"] - 20]
+    answer = _post(server, "/generate", {"input_ids": prompt, "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0}})
+    if answer.status_code == 200:
+        assert len(prompt) + answer.json()["meta_info"]["completion_tokens"] <= CONTEXT
+
+
+def test_nothing_was_lost_and_the_probe_answers_as_before(server, before):
+    idle_state(server, seconds=300)
+    assert not books(server)
+    assert probe(server) == before
+    log = server.log_text()
+    assert "leak" not in log.lower() and "Scheduler hit an exception" not in log
+    ours = [line for line in log.splitlines() if line.lstrip().startswith(f'File "{Path(sgl_hq.__file__).parent}/')]
+    assert not ours, f"a traceback goes through our code: {ours}"

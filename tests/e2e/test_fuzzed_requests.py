@@ -3,11 +3,8 @@
 One packing server with small pools that checks its books whenever a request ends and whose stale KV is NaN (`checked_server.py`).
 Every answer must have the status of success or of a client's mistake; KNOWN says what SGLang 0.5.17 itself answers otherwise.
 
-SGLang 0.5.17 does not check some values that end its scheduler, with or without us. They are kept out (`_within_reason`):
-token ids outside the vocabulary (`TokenizerManager._validate_input_ids_in_vocab` exists and nobody calls it: IndexError in the
-embedding), empty lists of token ids within a batch (a prefill of no tokens, whose answer begins from another request's last token),
-more or fewer than the possible top log-probabilities, integers beyond 32 bits, which become tensors, and a fraction as
-`max_new_tokens` (TypeError in `Req.output_ids_through_stop`).
+What ends SGLang's scheduler, with or without us, `patches/bad_requests.py` refuses. Kept out (`_within_reason`) are more or fewer than the
+possible top log-probabilities, and integers beyond 32 bits, which become tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ FIELDS = {"text", "input_ids", "sampling_params", "rid", "extra_key", "cache_sal
           "skip_special_tokens", "no_stop_trim", "continue_final_message", "role", "content"}  # fmt: skip
 # Generated integers have no limit, and each choice is a request.
 LIMITS = {"max_new_tokens": (-2, 4), "max_tokens": (-2, 4), "max_completion_tokens": (-2, 4), "n": (-2, 2), "logprobs": (0, 5),
-          "top_logprobs": (0, 5), "top_logprobs_num": (0, 5), "logprob_start_len": (-1, 2**31), "input_ids": (0, 49151), "prompt": (0, 49151)}  # fmt: skip
+          "top_logprobs": (0, 5), "top_logprobs_num": (0, 5), "logprob_start_len": (-1, 2**31), "input_ids": (-5, 60000), "prompt": (-5, 60000)}  # fmt: skip
 INT32 = (-(2**31), 2**31 - 1)
 KNOWN = [
     # `sampling_params` of /generate is a dict of anything; a comparison with another type raises TypeError, which nothing catches.
@@ -105,9 +102,7 @@ def _within_reason(value: object, limits: tuple[int, int] = INT32) -> object:
     if isinstance(value, dict):
         return {key: _within_reason(inner, LIMITS.get(key, INT32)) for key, inner in value.items() if key in FIELDS}
     if isinstance(value, list):
-        return [_within_reason(inner, limits) for inner in value if inner != []]
-    if type(value) is float and limits != INT32:
-        value = int(min(max(value, limits[0]), limits[1]))
+        return [_within_reason(inner, limits) for inner in value]
     return min(max(value, limits[0]), limits[1]) if type(value) is int else value
 
 
@@ -177,23 +172,22 @@ OPENAI = ["max_tokens", "temperature", "top_p", "echo", "stop", "seed", "cache_s
 def test_wrong_sampling_parameters(server, before):
     for field in SAMPLING:
         bodies = [{"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2} | {field: value}} for value in WRONG]
-        _post_all(server, [("/generate", body) for body in bodies if body["sampling_params"]["max_new_tokens"] != 1.5])
+        _post_all(server, [("/generate", body) for body in bodies])
 
 
 def test_wrong_fields(server, before):
     for field in TOP_LEVEL:
-        wrong = [value for value in WRONG if (field, value) not in (("input_ids", [[]]), ("input_ids", -1))]
-        bodies = [{"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}} | {field: value} for value in wrong]
+        bodies = [{"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}} | {field: value} for value in WRONG]
         _post_all(server, [("/generate", body) for body in bodies])
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_wrong_fields_of_the_openai_interface(server, before, path):
     for field in OPENAI:
-        _post_all(server, [(path, GENERATING[path] | {"max_tokens": 2} | {field: value}) for value in WRONG if (field, value) != ("prompt", [[]])])
+        _post_all(server, [(path, GENERATING[path] | {"max_tokens": 2} | {field: value}) for value in WRONG])
 
 
-TOKEN_IDS = [[], ["a"], [1.5], [None], [49151], [[5], [6, 7]], [[5], "a"], {"0": 5}, 5, "5"]
+TOKEN_IDS = [[], [-1], [49152], [[5], []], ["a"], [1.5], [None], [49151], [[5], [6, 7]], [[5], "a"], {"0": 5}, 5, "5"]
 
 
 def test_token_ids(server, before):
@@ -215,8 +209,8 @@ def test_lengths_around_every_limit(server, before):
             answer = _post(server, "/generate", body)
             if answer.status_code == 200:
                 served[length] = answer.json()["meta_info"]["completion_tokens"]
-    assert served and max(served) >= dense - 64, f"only {sorted(served)} were served"
-    assert all(length <= dense for length in served) and set(served.values()) == {1}
+    assert max(served, default=0) > dense, f"only {sorted(served)} were served"  # of the longest, the beginning is packed by then
+    assert set(served.values()) == {1}
 
 
 @pytest.mark.parametrize("new_tokens", [CONTEXT, 10**9, 2**31, 2**63, 2**64])

@@ -29,9 +29,12 @@ def server(model):
 
 @pytest.fixture(scope="module")
 def tokens(model) -> list[int]:
+    """A chat of TURNS turns."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(model))(pydoc_data.topics.topics["class"] + pydoc_data.topics.topics["specialnames"])["input_ids"]
+    text = AutoTokenizer.from_pretrained(str(model))(pydoc_data.topics.topics["class"] + pydoc_data.topics.topics["specialnames"])["input_ids"]
+    # The last turn repeats the first one: who reads that far back knows every token of it.
+    return text[: TURN * (TURNS - 1)] + text[:TURN]
 
 
 def _ask(server, tokens: list[int], new_tokens: int = 1) -> httpx.Response:
@@ -70,7 +73,7 @@ def test_a_chat_grows_beyond_the_dense_tier(server, tokens, model):
 
 
 def test_what_can_never_be_placed_is_refused_and_the_next_is_served(server, tokens):
-    refused = _ask(server, tokens[-700:])
+    refused = _ask(server, tokens[::-1][:700])
     assert refused.status_code == 400 and "are not packed, and the dense tier holds" in refused.text
     assert len(_tail(_ask(server, tokens[: TURN * 2]))) == TAIL - 1
 

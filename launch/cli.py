@@ -10,6 +10,7 @@ import typer
 
 from sgl_hq import __version__
 from sgl_hq.launch.cli_bench import bench
+from sgl_hq.launch.cli_lab import lab
 from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(lab)
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ class SelectedAttention:
         def attend(module, query, key, value, attention_mask, **options):
             nonlocal calls
             calls += 1
-            steps = _step_queries(query, key, options.get("scaling"))
+            steps = _step_queries(module.layer_idx, query, key, options.get("scaling"))
 
             def masked(kept: torch.Tensor) -> torch.Tensor:
                 return sdpa_attention_forward(module, query, key, value, kept[None], **options)[0]
@@ -96,8 +96,8 @@ class SelectedAttention:
             )
 
 
-def _step_queries(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> StepQueries:
+def _step_queries(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> StepQueries:
     """query `[1, Hq, S, D]`, key `[1, Hkv, L, D]`; the chunk is the last S of L tokens."""
     steps, length = query.shape[2], key.shape[2]
     token, last = (torch.arange(begin, length, device=query.device) for begin in (0, length - steps))
-    return StepQueries(query[0], key[0], query.shape[-1] ** -0.5 if scale is None else scale, token <= last[:, None])
+    return StepQueries(layer, query[0], key[0], query.shape[-1] ** -0.5 if scale is None else scale, token <= last[:, None])

@@ -6,13 +6,13 @@
     recent_sink:sink=4:recent=1024    the first and the latest tokens (the step's own token counts as one of the latest)
     quest:f=0.25:b=16                 implementable: the share f of the pages of b tokens with the largest upper bound of
                                       q.k, from the minimum and maximum of K per channel (arXiv 2406.10774); per query head,
-                                      and the newest page always
+                                      and the newest page always. `:dense=2` leaves the first two layers dense, as there
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Protocol
 
 import torch
@@ -20,17 +20,18 @@ from torch.nn import functional
 
 from sgl_hq.lab.errors import LabError
 
-_GRAMMAR = "global_block_mass:f=F:b=TOKENS, recent_sink:sink=TOKENS:recent=TOKENS or quest:f=F:b=TOKENS"
+_GRAMMAR = "global_block_mass:f=F:b=TOKENS, recent_sink:sink=TOKENS:recent=TOKENS or quest:f=F:b=TOKENS[:dense=LAYERS]"
 
 
 @dataclass(frozen=True)
 class StepQueries:
     """What one layer's attention sees in a chunk of decode steps.
 
-    query `[Hq, S, D]`, key `[Hkv, L, D]`, both after RoPE; scale of q.k; visible `[S, L] bool`: step s sees the tokens up
+    layer: its index. query `[Hq, S, D]`, key `[Hkv, L, D]`, both after RoPE; scale of q.k; visible `[S, L] bool`: step s sees the tokens up
     to its own, which is token L - S + s.
     """
 
+    layer: int
     query: torch.Tensor
     key: torch.Tensor
     scale: float
@@ -89,18 +90,21 @@ class RecentSink:
 class Quest:
     f: float
     b: int
+    dense: int = 0  # first layers that attend to everything
 
     @property
     def name(self) -> str:
-        return f"quest:f={self.f:g}:b={self.b}"
+        return f"quest:f={self.f:g}:b={self.b}" + (f":dense={self.dense}" if self.dense else "")
 
     @property
     def index_fraction(self) -> float:
-        """A minimum and a maximum beside the b keys and b values of a page."""
+        """A minimum and a maximum beside the b keys and b values of a page; in dense layers for nothing."""
         return 1 / self.b
 
     def keep(self, steps: StepQueries) -> torch.Tensor:
         """Pages before a step's newest one are complete, so the same bounds serve every step of the chunk."""
+        if steps.layer < self.dense:
+            return steps.visible[None]
         heads = len(steps.query) // len(steps.key)
         lowest, highest = (
             sign * _blocks((sign * steps.key).mT, self.b, -math.inf).amax(-1).repeat_interleave(heads, 0) for sign in (-1, 1)
@@ -112,7 +116,7 @@ class Quest:
 
 
 _KINDS: dict[str, type[Selector]] = {"global_block_mass": GlobalBlockMass, "recent_sink": RecentSink, "quest": Quest}
-_WHOLE = {"b": 1, "recent": 1, "sink": 0}  # parameter -> its smallest value
+_WHOLE = {"b": 1, "recent": 1, "sink": 0, "dense": 0}  # parameter -> its smallest value
 
 
 def parse_selectors(text: str) -> tuple[Selector, ...]:
@@ -129,10 +133,10 @@ def _parse(name: str) -> Selector:
     if kind is None:
         raise LabError(f"there is no selector {head}: give {_GRAMMAR}")
     pairs = dict(part.partition("=")[::2] for part in given)
-    wanted = [field.name for field in fields(kind)]
-    if sorted(pairs) != sorted(wanted) or len(given) != len(wanted):
-        raise LabError(f"selector {name} needs exactly the parameters {', '.join(wanted)}: give {_GRAMMAR}")
-    return kind(**{key: _number(name, key, pairs[key]) for key in wanted})
+    known, needed = [f.name for f in fields(kind)], [f.name for f in fields(kind) if f.default is MISSING]
+    if len(pairs) != len(given) or not set(needed) <= set(pairs) <= set(known):
+        raise LabError(f"selector {name} needs the parameters {', '.join(needed)}, each once: give {_GRAMMAR}")
+    return kind(**{key: _number(name, key, value) for key, value in pairs.items()})
 
 
 def _number(name: str, key: str, text: str) -> float | int:
@@ -140,7 +144,7 @@ def _number(name: str, key: str, text: str) -> float | int:
         value = int(text) if key in _WHOLE else float(text)
     except ValueError:
         value = math.nan
-    if key in _WHOLE and value >= _WHOLE[key] or key not in _WHOLE and 0 < value <= 1:
+    if value >= _WHOLE[key] if key in _WHOLE else 0 < value <= 1:
         return value
     wanted = f"a whole number of at least {_WHOLE[key]}" if key in _WHOLE else "a fraction above 0, at most 1"
     raise LabError(f"{key}={text} in selector {name} is not {wanted}: give {_GRAMMAR}")

@@ -1,0 +1,100 @@
+"""`sgl-hq ceiling`: how much faster a decode step could become, before anything is built."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from sgl_hq.lab.projection import VERDICT_OVERHEAD, WORTH_BUILDING, Projection, project
+from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_context, check_folder, model_or_demo, progress, show, write_result
+from sgl_hq.page_format import STATED_PREFIX_TOKENS
+
+if TYPE_CHECKING:
+    from sgl_hq.lab.attention_share import AttentionShare
+
+RULE = (
+    f"Threshold: at an overhead of {VERDICT_OVERHEAD:.0%} of a step, worth building means at least {WORTH_BUILDING:.2f} times the speed; "
+    "anything less is closed on this target."
+)
+_GIVEN_HEAD_DIM = 128  # of formats' bits where a share is given and no model
+
+
+def run(
+    model: str | None,
+    context: int,
+    batch: int,
+    steps: int,
+    device: str,
+    actives: Sequence[float],
+    overheads: Sequence[float],
+    p_attn: float | None = None,
+    json_path: Path | None = None,
+) -> int:
+    """p_attn: a share taken elsewhere; no model is loaded then. Returns MEASURED, or CLOSED where even attention that takes
+    no time would not reach the threshold. Raises LabError, GateError or DemoModelError."""
+    check_folder(json_path, "--json")
+    project(p_attn or 0.0, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS, actives, overheads)  # wrong numbers are refused before minutes pass
+    print(RULE, flush=True)
+    began = time.monotonic()
+    if p_attn is None:
+        facts, p_attn, head_dim, prefix_tokens = _measured(model_or_demo(model), context, batch, steps, device)
+    else:
+        facts, head_dim, prefix_tokens = {"p_attn": p_attn}, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS
+    projections = project(p_attn, head_dim, prefix_tokens, actives, overheads)
+    show(_table(projections, overheads, facts), [_sentence(p_attn, projections[0])])
+    rows = [asdict(p) | {"verdict": p.verdict} for p in projections]
+    write_result("ceiling", facts | {"overheads": list(overheads), "threshold": WORTH_BUILDING, "rows": rows}, began, json_path)
+    return MEASURED if projections[0].verdict == "worth building" else CLOSED
+
+
+def _measured(model: str, context: int, batch: int, steps: int, device: str) -> tuple[dict[str, Any], float, int, int]:
+    """(facts, p_attn, head_dim, context)."""
+    import torch
+
+    from sgl_hq.gate.run import load_model
+    from sgl_hq.lab.attention_share import WARM_UP_STEPS, measure_share
+    from sgl_hq.lab.texts import lab_texts
+
+    with progress(1 + WARM_UP_STEPS + steps) as (say, advance):
+        loaded = load_model(model, device)
+        check_context(loaded.model, context + 1)
+        ids = lab_texts()[0].token_ids(loaded.tokenizer, context + 1)
+        say("prefill and decode steps")
+        share = measure_share(loaded.model.to(torch.bfloat16), ids, batch, steps, lambda: advance(1))
+    config = loaded.model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _facts(model, device, share), share.p_attn, head_dim, context
+
+
+def _facts(model: str, device: str, share: AttentionShare) -> dict[str, Any]:
+    return {"model": Path(model).name, "device": device, "p_attn": share.p_attn, "p_attn_min": min(share.shares), "p_attn_max": max(share.shares)} | asdict(share)
+
+
+def _table(projections: Sequence[Projection], overheads: Sequence[float], facts: dict[str, Any]) -> Table:
+    where = f"{facts['model']}, {facts['context_tokens']:,} tokens x {facts['batch']} on {facts['device']}" if "model" in facts else "given share"
+    out = Table(box=box.SIMPLE_HEAD, title=f"Speed of a decode step, p_attn {facts['p_attn']:.3f} ({where})", title_justify="left")
+    out.add_column("attention does")
+    out.add_column("f", justify="right")
+    for overhead in overheads:
+        out.add_column(f"h = {overhead:g}", justify="right")
+    out.add_column(f"at {VERDICT_OVERHEAD:.0%}")
+    for p in projections:
+        colour = "green" if p.verdict == "worth building" else "red"
+        out.add_row(p.name, f"{p.active:.3f}", *(f"{s:.2f}x" for s in p.speedups), f"[{colour}]{p.verdict}[/]")
+    return out
+
+
+def _sentence(p_attn: float, limit: Projection) -> str:
+    """What the whole table comes down to."""
+    if limit.verdict == "closed":
+        return f"Closed: attention takes {p_attn:.1%} of a step; without any attention the step would be {limit.at_verdict:.2f} times as fast at that overhead."
+    return (
+        f"Open: attention takes {p_attn:.1%} of a step, so no method can exceed {limit.at_verdict:.2f} times the speed at that overhead. "
+        "A ceiling is no measurement of a method, and says nothing about answers: sgl-hq oracle, sgl-hq gate."
+    )

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from sgl_hq.lab.projection import VERDICT_OVERHEAD, WORTH_BUILDING, Projection, project
-from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_context, check_folder, model_or_demo, progress, show, write_result
+from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_folder, model_or_demo, progress, show, write_result
 from sgl_hq.page_format import STATED_PREFIX_TOKENS
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def run(
     print(RULE, flush=True)
     began = time.monotonic()
     if p_attn is None:
-        facts, p_attn, head_dim, prefix_tokens = _measured(model_or_demo(model), context, batch, steps, device)
+        facts, p_attn, head_dim, tokens = _measured(model_or_demo(model), context, batch, steps, device)
     else:
-        facts, head_dim, prefix_tokens = {"p_attn": p_attn}, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS
-    projections = project(p_attn, head_dim, prefix_tokens, actives, overheads)
+        facts, head_dim, tokens = {"p_attn": p_attn}, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS
+    projections = project(p_attn, head_dim, tokens, actives, overheads)
     show(_table(projections, overheads, facts), [_sentence(p_attn, projections[0])])
     rows = [asdict(p) | {"verdict": p.verdict} for p in projections]
     write_result("ceiling", facts | {"overheads": list(overheads), "threshold": WORTH_BUILDING, "rows": rows}, began, json_path)
@@ -59,6 +59,7 @@ def _measured(model: str, context: int, batch: int, steps: int, device: str) -> 
 
     from sgl_hq.gate.run import load_model
     from sgl_hq.lab.attention_share import WARM_UP_STEPS, measure_share
+    from sgl_hq.lab.model_facts import check_context, head_dim
     from sgl_hq.lab.texts import lab_texts
 
     with progress(1 + WARM_UP_STEPS + steps) as (say, advance):
@@ -67,13 +68,12 @@ def _measured(model: str, context: int, batch: int, steps: int, device: str) -> 
         ids = lab_texts()[0].token_ids(loaded.tokenizer, context + 1)
         say("prefill and decode steps")
         share = measure_share(loaded.model.to(torch.bfloat16), ids, batch, steps, lambda: advance(1))
-    config = loaded.model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _facts(model, device, share), share.p_attn, head_dim, context
+    return _facts(model, device, share), share.p_attn, head_dim(loaded.model), context
 
 
 def _facts(model: str, device: str, share: AttentionShare) -> dict[str, Any]:
-    return {"model": Path(model).name, "device": device, "p_attn": share.p_attn, "p_attn_min": min(share.shares), "p_attn_max": max(share.shares)} | asdict(share)
+    spread = {"p_attn": share.p_attn, "p_attn_min": min(share.shares), "p_attn_max": max(share.shares)}
+    return {"model": Path(model).name, "device": device} | spread | asdict(share)
 
 
 def _table(projections: Sequence[Projection], overheads: Sequence[float], facts: dict[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from sgl_hq.launch.lab_run import MEASURED, check_folder, model_or_demo, progres
 from sgl_hq.page_format import FORMATS, calibrated_bits
 
 PREFIX_TOKENS, STEPS = (512,), 32
+_REFERENCE_DIMS = 64  # the reference formats divide a head into runs of so many channels (sgl_hq/baselines/side.py)
 PANELS = (("mse_max", "log"), ("kl_mean", "log"), ("output_cos_mean", "linear"), ("score_cos_mean", "linear"))
 _COLUMNS = (
     ("stored\nbits", "stored_bits", ".3f"), ("effective\nbits", "effective_bits", ".3f"), ("output\ncosine", "output_cos_mean", ".6f"),
@@ -38,12 +39,13 @@ def run(
     plot: Path | None = None,
     json_path: Path | None = None,
 ) -> int:
-    """formats: page, calibrated or reference formats; none means every page format and every reference format. Returns
-    MEASURED. Raises LabError, GateError, CalibrationError, ModelDigestError or DemoModelError."""
+    """formats: page, calibrated or reference formats; none means every page format and, if head_dim allows, every reference
+    format. Returns MEASURED. Raises LabError, GateError, CalibrationError, ModelDigestError or DemoModelError."""
     from sgl_hq.baselines import BASELINES
     from sgl_hq.gate.codecs import codec_of
     from sgl_hq.gate.run import check_sizes, load_model
     from sgl_hq.lab.frontier import frontier_cost, frontier_rows, pareto
+    from sgl_hq.lab.model_facts import head_dim
 
     check_sizes(prefixes, steps)
     check_folder(json_path, "--json")
@@ -59,7 +61,11 @@ def run(
     began = time.monotonic()
     cost = frontier_cost(len(texts), len(prefixes), len(codecs))
     with progress(cost) as (say, advance):
-        rows = frontier_rows(load_model(model, device), texts, prefixes, steps, codecs, say, advance)
+        loaded = load_model(model, device)
+        if head_dim(loaded.model) % _REFERENCE_DIMS:
+            _refuse_references(formats, head_dim(loaded.model))
+            codecs = [codec for codec in codecs if codec.name not in BASELINES]
+        rows = frontier_rows(loaded, texts, prefixes, steps, codecs, say, advance)
     show(_table(rows, f"{Path(model).name}: {len(texts)} texts, prefixes {', '.join(map(str, prefixes))}, {steps} steps"), [
         f"Smaller formats are worse in logit MSE along: {' '.join(pareto(rows, 'mse_mean'))}.",
         f"The same for the score cosine: {' '.join(pareto(rows, 'score_cos_mean', larger_is_better=True))}.",
@@ -72,6 +78,14 @@ def run(
 
         draw(Path(model).name, rows, plot, PANELS)
     return MEASURED
+
+
+def _refuse_references(formats: Sequence[str], dim: int) -> None:
+    from sgl_hq.baselines import BASELINES
+
+    references = [name for name in formats if name in BASELINES]
+    if references:
+        raise LabError(f"{', '.join(references)} take a head_dim that is a multiple of {_REFERENCE_DIMS}, this model's is {dim}: give page formats")
 
 
 def _check_matplotlib() -> None:

@@ -34,13 +34,6 @@ def check_folder(path: Path | None, option: str) -> None:
         raise LabError(f"{option}: there is no directory {path.resolve().parent}")
 
 
-def check_context(model: Any, tokens: int) -> None:
-    """Raises LabError where the model has fewer positions than the context and its steps need."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise LabError(f"the model's context is {limit} tokens, --context and the steps need {tokens}: give a shorter --context")
-
-
 @contextmanager
 def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
     """Yields (say, advance). say: what begins now, on a terminal beside a bar with the time left, else as a line.

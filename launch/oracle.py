@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sgl_hq.lab.oracle_rows import PASS, StepRow, summarize_selector
-from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_context, check_folder, model_or_demo, progress, show, write_result
+from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_folder, model_or_demo, progress, show, write_result
 
 DEFAULT_SELECTORS = (
     "global_block_mass:f=0.25:b=64,global_block_mass:f=0.5:b=64,global_block_mass:f=0.25:b=16,"
@@ -34,6 +34,7 @@ def run(
     """Returns MEASURED if at least one selector passes at every step of every text, else CLOSED. Raises LabError,
     GateError or DemoModelError."""
     from sgl_hq.gate.run import load_model
+    from sgl_hq.lab.model_facts import check_context
     from sgl_hq.lab.oracle import measure_text, text_cost
     from sgl_hq.lab.selectors import parse_selectors
     from sgl_hq.lab.texts import lab_texts

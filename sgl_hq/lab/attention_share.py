@@ -51,7 +51,7 @@ class AttentionShare:
 def measure_share(
     model: Any, ids: list[int], batch: int, steps: int, advance: Callable[[], None] = lambda: None
 ) -> AttentionShare:
-    """ids: the context and the token to decode. model: in eval mode. advance: called after the prefill and after every
+    """ids: the context and the token to decode. model: in bfloat16 and eval mode. advance: called after the prefill and after every
     step, warm-up included.
 
     Raises LabError if K and V do not fit into memory, or if the model's attention cannot be watched.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sgl_hq.lab.errors import LabError
-from sgl_hq.page_format import FORMATS
+from sgl_hq.page_format import FORMATS, PAGE_TOKENS
 
 # Stated before anything is measured: a method is worth building if, at an overhead of 5 % of a step, the step would be
 # at least a tenth faster. Two servers that run the same code differ by about as much from run to run.
@@ -55,10 +55,11 @@ class Projection:
 
 
 def project(
-    p_attn: float, head_dim: int, prefix_tokens: int, actives: Sequence[float] = ACTIVE_FRACTIONS, overheads: Sequence[float] = OVERHEADS
+    p_attn: float, head_dim: int, context_tokens: int, actives: Sequence[float] = ACTIVE_FRACTIONS, overheads: Sequence[float] = OVERHEADS
 ) -> tuple[Projection, ...]:
-    """The limit (attention takes no time at all), active fractions, page formats (f = stored bits / 16), grouping
-    (f = 1 / sharers)."""
+    """The limit (attention takes no time at all), active fractions, page formats (f = stored bits / 16 for the whole pages of
+    the context, 1 for its rest), grouping (f = 1 / sharers)."""
+    packed_tokens = context_tokens // PAGE_TOKENS * PAGE_TOKENS
 
     def of(kind: str, name: str, active: float) -> Projection:
         speedups = tuple(speedup(p_attn, active, h) for h in overheads)
@@ -68,10 +69,10 @@ def project(
         yield of("limit", "no attention at all", 0.0)
         for active in actives:
             yield of("active", f"{active:g} of the tokens", active)
-        for name, fmt in FORMATS.items():
-            bits = fmt.layout(head_dim).stored_bits_per_value(prefix_tokens)
+        for name, fmt in FORMATS.items() if packed_tokens else ():
+            bits = fmt.layout(head_dim).stored_bits_per_value(packed_tokens)
             if bits < 16:
-                yield of("format", f"{name}, {bits:.2f} bits", bits / 16)
+                yield of("format", f"{name}, {bits:.2f} bits", 1 - (1 - bits / 16) * packed_tokens / context_tokens)
         for sharers in SHARERS:
             yield of("grouping", f"{sharers} sharers", 1 / sharers)
 

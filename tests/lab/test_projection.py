@@ -44,8 +44,11 @@ def test_wrong_numbers_are_refused(numbers):
 
 def test_formats_and_grouping():
     found = {(p.kind, p.name.split(",")[0]): p for p in project(0.6, 64, 8192)}
+    assert not [p for p in project(0.6, 64, 63) if p.kind == "format"]  # not one whole page
+    (partly,) = (p for p in project(0.6, 64, 96) if p.name.startswith("hq4,"))
+    assert partly.active == pytest.approx((64 * get_format("hq4").layout(64).stored_bits_per_value(64) + 32 * 16) / (96 * 16))
     assert found["grouping", "16 sharers"].active == 1 / 16
-    assert found["format", "hq4"].active == get_format("hq4").layout(64).stored_bits_per_value(8192) / 16
+    assert found["format", "hq4"].active == get_format("hq4").layout(64).stored_bits_per_value(8192) / 16  # all of it whole pages
     assert ("format", "bf16") not in found and found["limit", "no attention at all"].active == 0
     hq4 = found["format", "hq4"]
     assert hq4.speedups == tuple(speedup(0.6, hq4.active, h) for h in OVERHEADS)

@@ -1,0 +1,127 @@
+"""`sgl-hq ceiling`, `oracle`, `frontier` from the command line to exit codes and JSON rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from sgl_hq.lab.errors import LabError
+from sgl_hq.lab.oracle_rows import summarize_selector
+from sgl_hq.launch.ceiling import RULE
+from sgl_hq.launch.cli import app
+from sgl_hq.launch.oracle import _sentences, _table
+
+from .test_oracle_rows import ROW
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Run a command with --json; (output, the file's object)."""
+
+    def run(*command: str, code: int = 0):
+        result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
+        assert result.exit_code == code, result.output
+        return result.output, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def refused(*command: str) -> str:
+    result = CliRunner().invoke(app, list(command))
+    assert result.exit_code not in (0, 3)
+    return result.output + str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["ceiling", "oracle", "frontier"])
+def test_help_loads_neither_torch_nor_sglang(command):
+    script = (
+        "import sys; from sgl_hq.launch.cli import main; sys.argv = ['sgl-hq', sys.argv[1], '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'sglang'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, command], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_ceiling_of_a_given_share_states_its_threshold_first(lab):
+    said, found = lab("ceiling", "--p-attn", "0.334", "--active", "0.337", "--overhead", "0,0.05,0.1")
+    assert said.index(RULE) == 0 < said.index("1.28x      1.21x") < said.index("Open: ")
+    row = next(row for row in found["rows"] if row["kind"] == "active")
+    assert [round(s, 2) for s in row["speedups"]] == [1.28, 1.21, 1.14] and row["verdict"] == "worth building"
+    assert {"commit", "versions", "machine", "date", "threshold", "overheads", "p_attn"} <= set(found)
+
+
+def test_ceiling_closes_a_target_with_exit_code_3(lab):
+    said, found = lab("ceiling", "--p-attn", "0.05", code=3)
+    assert "Closed: attention takes 5.0% of a step" in said and {row["verdict"] for row in found["rows"]} == {"closed"}
+
+
+def test_ceiling_measures_a_model(tiny_model, lab):
+    said, found = lab("ceiling", "--model", str(tiny_model), "--context", "2000", "--batch", "8", "--steps", "3")
+    assert (found["context_tokens"], found["batch"], len(found["step_s"]), found["device"]) == (2000, 8, 3, "cpu")
+    assert 0 < found["p_attn_min"] <= found["p_attn"] <= found["p_attn_max"] < 1 and f"p_attn {found['p_attn']:.3f}" in said
+
+
+def test_oracle_of_everything_passes_and_of_little_fails(tiny_model, lab):
+    command = ("oracle", "--model", str(tiny_model), "--context", "200", "--steps", "4", "--selector")
+    said, found = lab(*command, "global_block_mass:f=1:b=64,recent_sink:sink=0:recent=1")
+    verdicts = [(s["implementation_verdict"], s["rows_within_bounds"]) for s in found["selectors"]]
+    assert verdicts[0] == ("pass", 8) and verdicts[1][0] == "fail"
+    assert "Kept every bound at every step: global_block_mass:f=1:b=64." in said
+    assert [(row["text"], row["step"]) for row in found["rows"] if "f=1" in row["selector"]] == [(t, s) for t in ("wikitext", "code") for s in range(4)]
+    assert all(row["within_bounds"] and row["kept_fraction"] == 1 for row in found["rows"] if "f=1" in row["selector"])
+    said, found = lab(*command, "recent_sink:sink=0:recent=1", code=3)
+    assert "Closed: no selector" in said
+
+
+def test_a_step_within_bounds_is_never_shown_or_written_as_a_pass(lab):
+    """15 of 16 steps are fine: nothing that a reader or a program sees says `pass`."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    rows = [ROW] * 15 + [type(ROW)(**{**vars(ROW), "mse": 1.0})]
+    summaries, screen = [summarize_selector(rows)], StringIO()
+    Console(file=screen, width=200).print(_table(summaries, "title"))
+    lines = _sentences(summaries, {ROW.selector: rows})
+    assert "fail" in screen.getvalue() and "15/16" in screen.getvalue() and "pass" not in screen.getvalue()
+    assert lines[1].endswith("·" * 15 + "x") and lines[-1].startswith("Closed: ")
+    assert not any("pass" in line for line in lines[1:])
+
+
+def test_frontier_of_a_model_with_absolute_positions(tiny_gpt2, lab, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "frontier.svg"
+    command = ("frontier", "--model", str(tiny_gpt2), "--prefix", "128,256", "--steps", "4", "--plot", str(plot))
+    said, found = lab(*command, "--format", "hq4,int8,hq6")
+    assert [row["format"] for row in found["rows"]] == ["hq4", "hq6", "int8"]
+    assert {"output_cos_mean", "score_cos_mean", "mse_max", "stored_bits", "effective_bits"} <= set(found["rows"][0])
+    assert "gate_version" not in found  # docs/quality.md is made of the gate's own results
+    assert plot.read_text().count("output_cos_mean") and "hq4" in said
+
+
+def test_oracle_of_a_model_with_absolute_positions(tiny_gpt2, lab):
+    _, found = lab("oracle", "--model", str(tiny_gpt2), "--context", "300", "--steps", "3", "--selector", "quest:f=1:b=16")
+    assert found["selectors"][0]["implementation_verdict"] == "pass"
+
+
+def test_refusals(tiny_model, tiny_gpt2, tmp_path):
+    tiny, nowhere = ("--model", str(tiny_model)), str(tmp_path / "no" / "out.json")
+    assert "between 0 and 1" in refused("ceiling", "--p-attn", "2")
+    assert "give --active fractions" in refused("ceiling", *tiny, "--active", "3")
+    assert "no list of numbers" in refused("ceiling", "--overhead", "much")
+    assert "there is no directory" in refused("ceiling", *tiny, "--json", nowhere)
+    assert "there is no directory" in refused("oracle", *tiny, "--json", nowhere)
+    assert "context is 4096 tokens, --context and the steps need 5001" in refused("ceiling", *tiny, "--context", "5000")
+    assert "give a shorter --context" in refused("oracle", *tiny, "--context", "5000")
+    assert "there is no selector h2o" in refused("oracle", *tiny, "--selector", "h2o:f=1")
+    assert "cannot load a model" in refused("oracle", "--model", str(tmp_path))
+    assert "give a shorter --prefix" in refused("frontier", "--model", str(tiny_gpt2), "--prefix", "512", "--format", "hq4")
+    assert "multiples of 64" in refused("frontier", *tiny, "--prefix", "100")
+    assert "multiple of 64, this model's is 16" in refused("frontier", *tiny, "--format", "hq4,kivi4", "--prefix", "64")
+    assert "Reference formats" in refused("frontier", *tiny, "--format", "hq99")
+    assert issubclass(LabError, RuntimeError) and LabError.__module__.startswith("sgl_hq.")  # so that users see one sentence

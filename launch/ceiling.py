@@ -93,7 +93,10 @@ def _table(projections: Sequence[Projection], overheads: Sequence[float], facts:
 def _sentence(p_attn: float, limit: Projection) -> str:
     """What the whole table comes down to."""
     if limit.verdict == "closed":
-        return f"Closed: attention takes {p_attn:.1%} of a step; without any attention the step would be {limit.at_verdict:.2f} times as fast at that overhead."
+        return (
+            f"Closed: attention takes {p_attn:.1%} of a step; without any attention the step would be {limit.at_verdict:.2f} times "
+            "as fast at that overhead."
+        )
     return (
         f"Open: attention takes {p_attn:.1%} of a step, so no method can exceed {limit.at_verdict:.2f} times the speed at that overhead. "
         "A ceiling is no measurement of a method, and says nothing about answers: sgl-hq oracle, sgl-hq gate."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_hq.lab.errors import LabError
@@ -20,6 +20,7 @@ def test_published_arithmetic(overhead, published):
     assert overhead in OVERHEADS
 
 
+@settings(deadline=None)
 @given(SHARE, SHARE, st.floats(0, 2))
 def test_old_time_over_new_time(p_attn, active, overhead):
     """Both steps written out in nanoseconds."""

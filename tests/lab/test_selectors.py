@@ -85,6 +85,7 @@ def test_quest(shape, f, b, seed):
     assert as_sets(Quest(f, b).keep(at)) == brute_quest(at, f, b)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(0, 50), st.integers(1, 50))
 def test_recent_sink(shape, sink, recent):
     at = steps_of(*shape, 0)
@@ -93,6 +94,7 @@ def test_recent_sink(shape, sink, recent):
     assert as_sets(RecentSink(sink, recent).keep(at)) == [expected]
 
 
+@settings(deadline=None)
 @given(SHAPES, BLOCKS)
 def test_everything_is_kept_at_f_1(shape, b):
     at = steps_of(*shape, 0)

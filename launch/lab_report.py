@@ -44,8 +44,9 @@ def write(docs: Path) -> None:
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+    """A sentence instead where there is no row."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]) if lines else "Nothing is measured yet."
 
 
 def _ceilings(ceilings: Sequence[Result]) -> Iterator[Sequence[str]]:

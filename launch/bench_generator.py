@@ -108,10 +108,19 @@ def send_wave(arguments: list[str], output: Path) -> dict[str, Any]:
 
     The generator's own duration also holds the time that the scheduler was held. Raises RuntimeError when it fails.
     """
+    _spans.clear()
+    run_command([*arguments, "--output-file", str(output)])
+    result = json.loads(output.read_text().splitlines()[-1])
+    seconds = max(end for _, end in _spans) - min(start for start, _ in _spans)
+    counts = {"output": "total_output_tokens", "input": "total_input_tokens", "request": "completed"}
+    return result | {"duration": seconds} | {f"{name}_throughput": result[count] / seconds for name, count in counts.items()}
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """`python -m sglang.bench_serving` in this process; raises RuntimeError when it fails."""
     from sglang.benchmark.serving import cli_main
 
-    _spans.clear()
-    sys.argv = ["bench_serving", *arguments, "--output-file", str(output)]
+    sys.argv = ["bench_serving", *arguments]
     try:
         cli_main()
     except SystemExit as ended:
@@ -119,7 +128,3 @@ def send_wave(arguments: list[str], output: Path) -> dict[str, Any]:
             raise RuntimeError(f"bench_serving ended with exit code {ended.code}") from ended
     finally:
         sys.stdout.flush()
-    result = json.loads(output.read_text().splitlines()[-1])
-    seconds = max(end for _, end in _spans) - min(start for start, _ in _spans)
-    counts = {"output": "total_output_tokens", "input": "total_input_tokens", "request": "completed"}
-    return result | {"duration": seconds} | {f"{name}_throughput": result[count] / seconds for name, count in counts.items()}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_hq.config import from_env
+from sgl_hq.launch import pool_check
 from sgl_hq.launch.ab_compare import VANILLA, ABError, plugin_block
 from sgl_hq.launch.bench_arms import DEFAULT_ARMS, QUICK_ARMS, Arm, parse_arms
 from sgl_hq.launch.bench_client import LoadClient
@@ -27,21 +28,15 @@ from sgl_hq.launch.bench_model import BenchModel, real_model, shape_with_dummy_w
 from sgl_hq.launch.bench_progress import Steps
 from sgl_hq.launch.bench_serve_report import judge, show
 from sgl_hq.launch.bench_workloads import PACKS, QUICK_WORKLOADS, WARM_UP, WORKLOADS, Workload, figures, parse_workloads
-from sgl_hq.launch.kv_accounts import AccountsError, gauge, resident_dense_tokens
+from sgl_hq.launch.kv_accounts import AccountsError, resident_dense_tokens
+from sgl_hq.launch.pool_check import allocated_bytes, check_backend
 from sgl_hq.launch.server_log import full_batch_step_ms, logged_batches, mean_running
 from sgl_hq.launch.server_process import ServerFailed, ServerProcess
+from sgl_hq.launch.server_settings import MEASURED, ON_GPU, START_TIMEOUT_S
 from sgl_hq.launch.signals import terminated_like_interrupted
 from sgl_hq.page_format import PAGE_TOKENS
 
 Row = dict[str, Any]
-DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)  # CUDA graphs; fewer than SGLang's default start sooner
-DECODE_LOG_INTERVAL = 16  # decode steps between two log lines, from which the concurrency and the step time are taken
-# Tokens of a streamed chunk. With 1, the servers' HTTP side and the client end at about 15,000 tokens/s (256 requests on an H200).
-STREAM_INTERVAL = 8
-START_TIMEOUT_S = 400.0
-# The pool is sized by --max-total-tokens. This is only the cap above it, high enough for several servers on one GPU.
-MEM_FRACTION = 0.93
-_POOL_TOLERANCE = 0.01  # a page of padding, and a figure in GB
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,8 @@ class Setup:
 
     def server(self, session: Session, log: Path) -> ServerProcess:
         """The process, not started."""
-        batches = [str(n) for n in DECODE_BATCHES]
         args = [*self.model.server_args, *session.arm.server_args(self.kv_tokens, session.pack, self.packed_fraction)]
-        args += ["--mem-fraction-static", str(MEM_FRACTION), "--cuda-graph-bs-decode", *batches, "--random-seed", "0"]
-        args += ["--grammar-backend", "none", "--enable-metrics", "--enable-cache-report", "--skip-server-warmup"]
-        args += ["--decode-log-interval", str(DECODE_LOG_INTERVAL), "--stream-interval", str(STREAM_INTERVAL)]
+        args += [*MEASURED, *ON_GPU]
         return ServerProcess(self.model.path, args, cpu=False, log_path=log, start_timeout_s=START_TIMEOUT_S, stop_grace_s=0)
 
 
@@ -191,25 +183,14 @@ def _measure_session(
 
 
 def check_pool(setup: Setup, arm: Arm, server: ServerProcess) -> None:
-    """The arm is what it says, and its KV pool has the budget: SGLang takes less without failing when memory is short.
+    """The arm is what it says, and its KV pool has the budget.
 
     Raises BenchError, or ABError when HQ is active in a vanilla arm or absent in one of ours.
     """
-    hq, samples = _hq(server, arm), server.metrics()
-    info = server.server_info()
-    if info.get("attention_backend") != arm.backend:
-        raise BenchError(f"the server of arm {arm.name} has attention backend {info.get('attention_backend')}")
-    budget = setup.kv_tokens * setup.model.token_bytes
-    if hq is not None:
-        if _allocated(hq) > budget * (1 + _POOL_TOLERANCE):
-            raise BenchError(f"the server of arm {arm.name} holds {_allocated(hq):,} bytes for KV, the budget is {budget:,}")
-        return
-    slots, wanted = int(gauge(samples, "sglang:max_total_num_tokens")), setup.kv_tokens * arm.bytes_divisor
-    if abs(slots - wanted) > PAGE_TOKENS:
-        raise BenchError(f"the server has {slots:,} KV slots instead of {wanted:,}: too little GPU memory is free")
-    held = gauge(samples, "sglang:kv_cache_memory_usage_gb") * 2**30
-    if abs(held / budget - 1) > _POOL_TOLERANCE:
-        raise BenchError(f"the server holds {held:.3g} bytes of KV, the budget is {budget:.3g}: is {arm.kv_dtype} in force?")
+    hq = _hq(server, arm)
+    check_backend(arm.name, server.server_info(), arm.backend)
+    budget, slots = setup.kv_tokens * setup.model.token_bytes, setup.kv_tokens * arm.bytes_divisor
+    pool_check.check_pool(arm.name, server.metrics(), hq, slots, budget, arm.kv_dtype)
 
 
 def measure_workload(
@@ -265,20 +246,12 @@ def _memory(setup: Setup, arm: Arm, server: ServerProcess, hq: dict[str, Any] | 
     samples = server.metrics()
     dense_tokens = resident_dense_tokens(samples)
     dense_bytes = dense_tokens * setup.model.token_bytes // arm.bytes_divisor
-    if hq is None:
-        allocated = int(gauge(samples, "sglang:kv_cache_memory_usage_gb") * 2**30)
-        return {"kv_bytes_used": dense_bytes, "kv_bytes_allocated": allocated, "dense_tokens": dense_tokens, "packed_tokens": 0}
     return {
-        "kv_bytes_used": dense_bytes + hq["packed"]["bytes_used"],
-        "kv_bytes_allocated": _allocated(hq),
+        "kv_bytes_used": dense_bytes + (hq["packed"]["bytes_used"] if hq else 0),
+        "kv_bytes_allocated": allocated_bytes(samples, hq),
         "dense_tokens": dense_tokens,
-        "packed_tokens": hq["packed"]["pages_used"] * PAGE_TOKENS,
+        "packed_tokens": hq["packed"]["pages_used"] * PAGE_TOKENS if hq else 0,
     }
-
-
-def _allocated(hq: dict[str, Any]) -> int:
-    """Both tiers and the buffers that reading packed pages needs."""
-    return hq["dense"]["bytes_allocated"] + hq["packed"]["bytes_allocated"] + hq["workspace_bytes"]
 
 
 def _row(session: Session, load: Workload, failure: str | None = None, **measured: Any) -> Row:

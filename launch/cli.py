@@ -9,9 +9,10 @@ from typing import Annotated, Optional
 import typer
 
 from sgl_hq import __version__
+from sgl_hq.launch.cli_ab import ab
 from sgl_hq.launch.cli_bench import bench
 from sgl_hq.launch.cli_lab import lab
-from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
+from sgl_hq.page_format import DEFAULT_LOSSY
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.command()(ab)
 app.add_typer(lab)
 
 
@@ -67,56 +69,6 @@ def serve(context: typer.Context) -> None:
     from sgl_hq.launch.serve import serve as start
 
     start(context.args)
-
-
-@app.command()
-def ab(
-    model: Annotated[Optional[str], typer.Option(help="Folder or hub name. Default: the demo model.")] = None,
-    arms: Annotated[
-        str, typer.Option(help=f"Comma-separated, in order: vanilla, exact, {', '.join(FORMATS)}.")
-    ] = f"vanilla,exact,{DEFAULT_LOSSY}",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A small workload that ends within 5 minutes on 2 cores.")
-    ] = False,
-    kv_tokens: Annotated[Optional[int], typer.Option(min=1, help="KV budget of every arm, in bf16 tokens.")] = None,
-    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Requests in flight at a time.")] = None,
-    prefixes: Annotated[Optional[int], typer.Option(min=1, help="Number of different system prompts.")] = None,
-    users: Annotated[Optional[int], typer.Option(min=1, help="Users per system prompt.")] = None,
-    prefix_tokens: Annotated[Optional[int], typer.Option(min=1, help="Length of a system prompt, in tokens.")] = None,
-    output_tokens: Annotated[Optional[int], typer.Option(min=1, help="Tokens per answer.")] = None,
-    pack: Annotated[
-        Optional[str], typer.Option("--hq-pack", help="When a page is packed: shared, insert or pressure.")
-    ] = None,
-    packed_fraction: Annotated[
-        Optional[float],
-        typer.Option("--hq-packed-fraction", help="Share of the KV budget for the packed tier, 0 to 1."),
-    ] = None,
-    allow_ungated: Annotated[
-        bool, typer.Option("--hq-allow-ungated", help="Also run formats without a passed quality gate for the model.")
-    ] = False,
-    json_path: Annotated[
-        Optional[Path], typer.Option("--json", help="Also write one JSON object per arm and phase here.")
-    ] = None,
-) -> None:
-    """Compare vanilla SGLang with this project: same model, same KV bytes, same chat requests, one table."""
-    from sgl_hq.launch.ab import run
-
-    code = run(
-        model=model,
-        arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
-        quick=quick,
-        kv_tokens=kv_tokens,
-        concurrency=concurrency,
-        prefixes=prefixes,
-        users=users,
-        prefix_tokens=prefix_tokens,
-        output_tokens=output_tokens,
-        pack=pack,
-        packed_fraction=packed_fraction,
-        allow_ungated=allow_ungated,
-        json_path=json_path,
-    )
-    raise typer.Exit(code)
 
 
 @app.command()

@@ -106,7 +106,7 @@ class Peak(NamedTuple):
     packed_tokens: int
 
 
-def read_peak(samples: Sequence[Sample], token_bytes: int) -> Peak:
+def read_peak(samples: Sequence[Sample], token_bytes: float) -> Peak:
     """What is resident at this moment; an arm without the plugin has no packed gauges."""
     packed = {s.name: int(s.value) for s in samples if s.name in (PACKED_PAGES, PACKED_BYTES)}
     dense_tokens = resident_dense_tokens(samples)

@@ -1,4 +1,4 @@
-"""docs/quality.md from result files: `python -m sgl_hq.launch.quality_report docs` (needs the extra `docs`).
+"""docs/quality.md from result files: `python -m sgl_hq.launch.quality_report docs` (needs the extra `plots`).
 
     docs/results/*.json       what `sgl-hq gate --json` wrote, any number of files a model
     docs/quality.in.md        the prose; {{frontier}}, {{tables}} and {{published}} stand for what is made here

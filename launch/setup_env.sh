@@ -63,7 +63,7 @@ set_up() {
   ((free_gb >= 12)) || say "only $free_gb GB free here; the environment needs about 9 GB"
   say "installing SGLang, PyTorch and this project into .venv (8.5 GB; seconds from a warm cache, else the download)"
   rm -f "$STAMP"
-  "${UV[@]}" pip install --python .venv/bin/python --editable '.[demo,test]' ||
+  "${UV[@]}" pip install --python .venv/bin/python --editable '.[demo,plots,test]' ||
     fail "the installation failed, see above. Check network and disk, then run this again: it continues."
   printf '%s\n' "$stamp" >"$STAMP"
   say "environment ready after $((SECONDS - started)) s"

@@ -5,10 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("matplotlib")
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,28 @@
+"""What every workload of a plan has: a name, limits, and no key that nobody reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_TOKENS = 1 << 20  # of one request; far above what any model here takes
+MAX_REQUESTS = 100_000
+
+
+class WorkloadSpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="how rows and files call this workload")
+
+
+class TextWorkloadSpec(WorkloadSpec):
+    text: Path | None = Field(
+        default=None, description="UTF-8 text that prompts are cut from, path from the working directory; default: the package's texts"
+    )
+
+
+def message(error: Any) -> str:
+    """What is wrong, of one entry of `ValidationError.errors()`, without the words that pydantic puts before our own."""
+    return error["msg"].removeprefix("Value error, ")

@@ -34,46 +34,62 @@ def run(
     actives: Sequence[float],
     overheads: Sequence[float],
     p_attn: float | None = None,
+    dummy_weights: bool = False,
     json_path: Path | None = None,
 ) -> int:
-    """p_attn: a share taken elsewhere; no model is loaded then. Returns MEASURED, or CLOSED where even attention that takes
-    no time would not reach the threshold. Raises LabError, GateError or DemoModelError."""
+    """p_attn: a share taken elsewhere; no model is loaded then. dummy_weights: of `model` only the shape is used. Returns MEASURED, or
+    CLOSED where even attention that takes no time would not reach the threshold. Raises LabError, GateError or DemoModelError."""
     check_folder(json_path, "--json")
     project(p_attn or 0.0, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS, actives, overheads)  # wrong numbers are refused before minutes pass
     print(RULE, flush=True)
     began = time.monotonic()
     if p_attn is None:
-        facts, p_attn, head_dim, tokens = _measured(model_or_demo(model), context, batch, steps, device)
+        facts, head_dim = _measured(model_or_demo(model), context, batch, steps, device, dummy_weights)
+        projections = project(facts["p_attn"], head_dim, context, actives, overheads, batch)
+        lines = [f"Attention read K and V at {facts['read_gb_per_s']:.1f} GB/s; if memory gives much more, a faster kernel has a smaller p_attn."]
     else:
-        facts, head_dim, tokens = {"p_attn": p_attn}, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS
-    projections = project(p_attn, head_dim, tokens, actives, overheads)
-    show(_table(projections, overheads, facts), [_sentence(p_attn, projections[0])])
+        facts, lines = {"p_attn": p_attn}, []
+        projections = project(p_attn, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS, actives, overheads)
+    show(_table(projections, overheads, facts), [*lines, _sentence(facts["p_attn"], projections[0])])
     rows = [asdict(p) | {"verdict": p.verdict} for p in projections]
     write_result("ceiling", facts | {"overheads": list(overheads), "threshold": WORTH_BUILDING, "rows": rows}, began, json_path)
     return MEASURED if projections[0].verdict == "worth building" else CLOSED
 
 
-def _measured(model: str, context: int, batch: int, steps: int, device: str) -> tuple[dict[str, Any], float, int, int]:
-    """(facts, p_attn, head_dim, context)."""
+def _measured(name: str, context: int, batch: int, steps: int, device: str, dummy_weights: bool) -> tuple[dict[str, Any], int]:
+    """(facts, head_dim)."""
+    from sgl_hq.lab.attention_share import WARM_UP_STEPS, measure_share
+    from sgl_hq.lab.model_facts import device_facts, head_dim
+
+    with progress(1 + WARM_UP_STEPS + steps) as (say, advance):
+        model, ids = _model_and_ids(name, context + 1, device, dummy_weights)
+        say("prefill and decode steps")
+        share = measure_share(model, ids, batch, steps, lambda: advance(1))
+    facts = {"model": Path(name).name, "dummy_weights": dummy_weights} | device_facts(model.device)
+    return facts | _shares(share) | asdict(share), head_dim(model)
+
+
+def _model_and_ids(name: str, tokens: int, device: str, dummy_weights: bool) -> tuple[Any, list[int]]:
+    """A model in bfloat16, and so many token ids."""
     import torch
 
     from sgl_hq.gate.run import load_model
-    from sgl_hq.lab.attention_share import WARM_UP_STEPS, measure_share
-    from sgl_hq.lab.model_facts import check_context, head_dim
+    from sgl_hq.lab.dummy_weights import model_with_dummy_weights, random_ids
+    from sgl_hq.lab.model_facts import check_context
     from sgl_hq.lab.texts import lab_texts
 
-    with progress(1 + WARM_UP_STEPS + steps) as (say, advance):
-        loaded = load_model(model, device)
-        check_context(loaded.model, context + 1)
-        ids = lab_texts()[0].token_ids(loaded.tokenizer, context + 1)
-        say("prefill and decode steps")
-        share = measure_share(loaded.model.to(torch.bfloat16), ids, batch, steps, lambda: advance(1))
-    return _facts(model, device, share), share.p_attn, head_dim(loaded.model), context
+    if dummy_weights:
+        model = model_with_dummy_weights(name, device)
+        check_context(model, tokens)
+        return model, random_ids(model, tokens)
+    loaded = load_model(name, device)
+    check_context(loaded.model, tokens)
+    return loaded.model.to(torch.bfloat16), lab_texts()[0].token_ids(loaded.tokenizer, tokens)
 
 
-def _facts(model: str, device: str, share: AttentionShare) -> dict[str, Any]:
+def _shares(share: AttentionShare) -> dict[str, float]:
     spread = {"p_attn": share.p_attn, "p_attn_min": min(share.shares), "p_attn_max": max(share.shares)}
-    return {"model": Path(model).name, "device": device} | spread | asdict(share)
+    return spread | {"read_gb_per_s": share.read_gb_per_s}
 
 
 def _table(projections: Sequence[Projection], overheads: Sequence[float], facts: dict[str, Any]) -> Table:

@@ -24,6 +24,7 @@ def ceiling(
     active: Annotated[Optional[str], typer.Option(help="Fractions f of attention's work, comma-separated.")] = None,
     overhead: Annotated[Optional[str], typer.Option(help="Costs h of a method in decode steps, comma-separated.")] = None,
     p_attn: Annotated[Optional[float], typer.Option(help="Share of a step in attention, from elsewhere: nothing is measured.")] = None,
+    dummy_weights: Annotated[bool, typer.Option("--dummy-weights", help="Use only the model's shape: its config.json is enough.")] = False,
     device: _DEVICE = "cpu",
     json_path: _JSON = None,
 ) -> None:
@@ -38,7 +39,7 @@ def ceiling(
 
     actives = _numbers(active, "--active", float) or ACTIVE_FRACTIONS
     overheads = _numbers(overhead, "--overhead", float) or OVERHEADS
-    raise typer.Exit(run(model, context, batch, steps, device, actives, overheads, p_attn, json_path))
+    raise typer.Exit(run(model, context, batch, steps, device, actives, overheads, p_attn, dummy_weights, json_path))
 
 
 @lab.command()

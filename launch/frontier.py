@@ -45,7 +45,7 @@ def run(
     from sgl_hq.gate.codecs import codec_of
     from sgl_hq.gate.run import check_sizes, load_model
     from sgl_hq.lab.frontier import frontier_cost, frontier_rows, pareto
-    from sgl_hq.lab.model_facts import head_dim
+    from sgl_hq.lab.model_facts import device_facts, head_dim
 
     check_sizes(prefixes, steps)
     check_folder(json_path, "--json")
@@ -71,7 +71,8 @@ def run(
         f"The same for the score cosine: {' '.join(pareto(rows, 'score_cos_mean', larger_is_better=True))}.",
         "Trials within bounds here admit nothing to a server: that takes sgl-hq gate.",
     ])  # fmt: skip
-    facts = {"model": Path(model).name, "device": device, "prefixes": list(prefixes), "steps": steps, "texts": [t.name for t in texts]}
+    facts = {"model": Path(model).name, "prefixes": list(prefixes), "steps": steps, "texts": [t.name for t in texts]}
+    facts |= device_facts(loaded.model.device)
     write_result("frontier", facts | {"rows": [_short(row) for row in rows]}, began, json_path)
     if plot is not None:
         from sgl_hq.launch.quality_report import plot as draw

@@ -34,7 +34,7 @@ def run(
     """Returns MEASURED if at least one selector passes at every step of every text, else CLOSED. Raises LabError,
     GateError or DemoModelError."""
     from sgl_hq.gate.run import load_model
-    from sgl_hq.lab.model_facts import check_context
+    from sgl_hq.lab.model_facts import check_context, device_facts
     from sgl_hq.lab.oracle import measure_text, text_cost
     from sgl_hq.lab.selectors import parse_selectors
     from sgl_hq.lab.texts import lab_texts
@@ -51,10 +51,10 @@ def run(
             rows += measure_text(loaded.model, text.name, of_text, context, chosen, advance)
     name = Path(loaded.model.config._name_or_path).name
     by_selector = {s.name: [row for row in rows if row.selector == s.name] for s in chosen}
-    summaries = [summarize_selector(found) for found in by_selector.values()]
+    summaries = [{"oracle": s.oracle} | summarize_selector(by_selector[s.name]) for s in chosen]
     title = f"{name}: {context:,} tokens, {steps} steps after each of {', '.join(text.name for text in texts)}"
     show(_table(summaries, title), _sentences(summaries, by_selector))
-    facts = {"model": name, "device": device, "context_tokens": context, "steps": steps, "texts": [text.name for text in texts]}
+    facts = {"model": name, "context_tokens": context, "steps": steps, "texts": [t.name for t in texts]} | device_facts(loaded.model.device)
     found = [_row(row) for row in rows]
     write_result("oracle", facts | {"selectors": [_finite(s) for s in summaries], "rows": found}, began, json_path)
     return MEASURED if any(s["implementation_verdict"] == PASS for s in summaries) else CLOSED
@@ -97,7 +97,12 @@ def _sentences(summaries: Sequence[dict[str, Any]], by_selector: dict[str, list[
         texts = dict.fromkeys(row.text for row in rows)
         marks = ("".join(_WITHIN if row.keeps_bounds else _BROKEN for row in rows if row.text == text) for text in texts)
         lines.append(f"  {name:{width}}  {'  '.join(marks)}")
-    passed = [s["selector"] for s in summaries if s["implementation_verdict"] == PASS]
+    passed = [s for s in summaries if s["implementation_verdict"] == PASS]
     if not passed:
         return [*lines, "Closed: no selector keeps every bound at every step of this target."]
-    return [*lines, f"Kept every bound at every step: {', '.join(passed)}. Worth building only if its ceiling is, too: sgl-hq ceiling."]
+    oracles, others = ([s["selector"] for s in passed if s["oracle"] is kind] for kind in (True, False))
+    if oracles:
+        lines.append(f"Kept every bound at every step, but needs the true attention, so is a bound and cannot be built: {', '.join(oracles)}.")
+    if others:
+        lines.append(f"Kept every bound at every step: {', '.join(others)}. Worth building only if its ceiling is, too: sgl-hq ceiling.")
+    return lines

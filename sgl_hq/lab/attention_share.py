@@ -46,6 +46,11 @@ class AttentionShare:
         """Median over the steps."""
         return statistics.median(self.shares)
 
+    @property
+    def read_gb_per_s(self) -> float:
+        """K and V, 10^9 bytes a second of attention: far below the memory's speed, p_attn is that of a slow kernel."""
+        return self.kv_bytes / statistics.median(self.attention_s) / 1e9
+
 
 @torch.inference_mode()
 def measure_share(

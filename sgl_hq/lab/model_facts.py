@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sgl_hq.lab.errors import LabError
 
 
@@ -11,6 +13,13 @@ def head_dim(model: Any) -> int:
     """Channels of one K head."""
     config = model.config.get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """`device`, and what a time on it depends on: the GPU's name, or the threads of PyTorch."""
+    if device.type == "cuda":
+        return {"device": device.type, "gpu": torch.cuda.get_device_name(device)}
+    return {"device": device.type, "threads": torch.get_num_threads()}
 
 
 def check_context(model: Any, tokens: int) -> None:

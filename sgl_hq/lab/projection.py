@@ -55,10 +55,15 @@ class Projection:
 
 
 def project(
-    p_attn: float, head_dim: int, context_tokens: int, actives: Sequence[float] = ACTIVE_FRACTIONS, overheads: Sequence[float] = OVERHEADS
+    p_attn: float,
+    head_dim: int,
+    context_tokens: int,
+    actives: Sequence[float] = ACTIVE_FRACTIONS,
+    overheads: Sequence[float] = OVERHEADS,
+    batch: int | None = None,
 ) -> tuple[Projection, ...]:
     """The limit (attention takes no time at all), active fractions, page formats (f = stored bits / 16 for the whole pages of
-    the context, 1 for its rest), grouping (f = 1 / sharers)."""
+    the context, 1 for its rest), grouping (f = 1 / sharers, no more of them than rows of the batch where that is known)."""
     packed_tokens = context_tokens // PAGE_TOKENS * PAGE_TOKENS
 
     def of(kind: str, name: str, active: float) -> Projection:
@@ -73,7 +78,7 @@ def project(
             bits = fmt.layout(head_dim).stored_bits_per_value(packed_tokens)
             if bits < 16:
                 yield of("format", f"{name}, {bits:.2f} bits", 1 - (1 - bits / 16) * packed_tokens / context_tokens)
-        for sharers in SHARERS:
+        for sharers in (n for n in SHARERS if batch is None or n <= batch):
             yield of("grouping", f"{sharers} sharers", 1 / sharers)
 
     return tuple(every())

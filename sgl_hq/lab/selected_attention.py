@@ -56,7 +56,7 @@ class SelectedAttention:
             of_kv_heads = kept.unflatten(0, (-1, max(1, len(kept) // len(steps.key)))).any(1)
             seen = steps.visible.sum(-1)
             self._attended.append((kept.sum(-1) / seen).mean(0))
-            self._read.append((of_kv_heads.sum(-1) / seen).mean(0) + selector.index_fraction)
+            self._read.append((of_kv_heads.sum(-1) / seen).mean(0) + selector.index_fraction(steps.layer))
             return attend(kept)
 
         with self._running(layer):

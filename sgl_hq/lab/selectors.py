@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, fields
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch.nn import functional
@@ -39,11 +39,12 @@ class StepQueries:
 
 
 class Selector(Protocol):
+    oracle: bool  # needs the true attention: a bound on what could be built, and nothing that could
+
     @property
     def name(self) -> str: ...
 
-    @property
-    def index_fraction(self) -> float:
+    def index_fraction(self, layer: int) -> float:
         """Bytes read to make the selection, as a share of K and V; 0 for an oracle, whose price is not the question."""
         ...
 
@@ -56,11 +57,14 @@ class Selector(Protocol):
 class GlobalBlockMass:
     f: float
     b: int
-    index_fraction = 0.0
+    oracle: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         return f"global_block_mass:f={self.f:g}:b={self.b}"
+
+    def index_fraction(self, layer: int) -> float:
+        return 0.0
 
     def keep(self, steps: StepQueries) -> torch.Tensor:
         heads = len(steps.query) // len(steps.key)
@@ -74,11 +78,14 @@ class GlobalBlockMass:
 class RecentSink:
     sink: int
     recent: int
-    index_fraction = 0.0
+    oracle: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         return f"recent_sink:sink={self.sink}:recent={self.recent}"
+
+    def index_fraction(self, layer: int) -> float:
+        return 0.0
 
     def keep(self, steps: StepQueries) -> torch.Tensor:
         token = torch.arange(steps.visible.shape[1], device=steps.visible.device)
@@ -91,15 +98,15 @@ class Quest:
     f: float
     b: int
     dense: int = 0  # first layers that attend to everything
+    oracle: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         return f"quest:f={self.f:g}:b={self.b}" + (f":dense={self.dense}" if self.dense else "")
 
-    @property
-    def index_fraction(self) -> float:
-        """A minimum and a maximum beside the b keys and b values of a page; in dense layers for nothing."""
-        return 1 / self.b
+    def index_fraction(self, layer: int) -> float:
+        """A minimum and a maximum beside the b keys and b values of a page."""
+        return 0.0 if layer < self.dense else 1 / self.b
 
     def keep(self, steps: StepQueries) -> torch.Tensor:
         """Pages before a step's newest one are complete, so the same bounds serve every step of the chunk."""

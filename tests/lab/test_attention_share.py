@@ -49,6 +49,7 @@ def test_shares_of_real_steps_grow_with_context_and_batch(model):
     assert (len(long.step_s), len(advanced)) == (5, 1 + WARM_UP_STEPS + 5)
     assert long.kv_bytes == 8 * 2 * 2 * 2048 * 2 * 16 * 2  # rows, layers, K and V, tokens, heads, channels, bytes
     assert (long.context_tokens, long.batch) == (2048, 8)
+    assert long.read_gb_per_s == pytest.approx(long.kv_bytes / sorted(long.attention_s)[2] / 1e9)
     assert model.config._attn_implementation == "sdpa"
 
 

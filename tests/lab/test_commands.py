@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -22,9 +23,9 @@ from .test_oracle_rows import ROW
 def lab(tmp_path):
     """Run a command with --json; (output, the file's object)."""
 
-    def run(*command: str, code: int = 0):
+    def run(*command: str, codes: tuple[int, ...] = (0,)):
         result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
-        assert result.exit_code == code, result.output
+        assert result.exit_code in codes, result.output
         return result.output, json.loads((tmp_path / "out.json").read_text())
 
     return run
@@ -61,7 +62,7 @@ def test_ceiling_of_a_given_share_states_its_threshold_first(lab):
 
 
 def test_ceiling_closes_a_target_with_exit_code_3(lab):
-    said, found = lab("ceiling", "--p-attn", "0.05", code=3)
+    said, found = lab("ceiling", "--p-attn", "0.05", codes=(3,))
     assert "Closed: attention takes 5.0% of a step" in said and {row["verdict"] for row in found["rows"]} == {"closed"}
 
 
@@ -69,6 +70,19 @@ def test_ceiling_measures_a_model(tiny_model, lab):
     said, found = lab("ceiling", "--model", str(tiny_model), "--context", "2000", "--batch", "8", "--steps", "3")
     assert (found["context_tokens"], found["batch"], len(found["step_s"]), found["device"]) == (2000, 8, 3, "cpu")
     assert 0 < found["p_attn_min"] <= found["p_attn"] <= found["p_attn_max"] < 1 and f"p_attn {found['p_attn']:.3f}" in said
+    assert [row["name"] for row in found["rows"] if row["kind"] == "grouping"] == ["2 sharers", "4 sharers"]  # 8 rows: not 16
+    assert f"at {found['read_gb_per_s']:.1f} GB/s" in said and found["threads"] >= 1
+
+
+def test_ceiling_of_a_shape_needs_no_weights(tiny_model, lab, tmp_path):
+    (tmp_path / "shape").mkdir()
+    shutil.copy(tiny_model / "config.json", tmp_path / "shape")
+    shape = ("ceiling", "--model", str(tmp_path / "shape"), "--context", "500", "--steps", "2")
+    _, found = lab(*shape, "--dummy-weights", "--active", "0.01", codes=(0, 3))
+    assert (found["model"], found["dummy_weights"], found["kv_bytes"]) == ("shape", True, 2 * 2 * 500 * 2 * 16 * 2)
+    assert "cannot load a model" in refused(*shape)
+    assert "give a shorter --context" in refused(*shape, "--dummy-weights", "--context", "5000")
+    assert "folder with config.json" in refused("ceiling", "--model", str(tmp_path / "none"), "--dummy-weights")
 
 
 def test_oracle_of_everything_passes_and_of_little_fails(tiny_model, lab):
@@ -77,10 +91,11 @@ def test_oracle_of_everything_passes_and_of_little_fails(tiny_model, lab):
     verdicts = [(s["implementation_verdict"], s["rows_within_bounds"]) for s in found["selectors"]]
     assert verdicts[0] == ("pass", 8) and verdicts[1][0] == "fail"
     everything = [row for row in found["rows"] if row["selector"] == "global_block_mass:f=1:b=64"]
-    assert "Kept every bound at every step: global_block_mass:f=1:b=64." in said
+    assert "cannot be built: global_block_mass:f=1:b=64." in said and "Kept every bound at every step: " not in said
+    assert [s["oracle"] for s in found["selectors"]] == [True, False]
     assert [(row["text"], row["step"]) for row in everything] == [(t, s) for t in ("wikitext", "code") for s in range(4)]
     assert all(row["within_bounds"] and row["kept_fraction"] == 1 for row in everything)
-    said, found = lab(*command, "recent_sink:sink=0:recent=1", code=3)
+    said, found = lab(*command, "recent_sink:sink=0:recent=1", codes=(3,))
     assert "Closed: no selector" in said
 
 

@@ -55,6 +55,11 @@ def test_formats_and_grouping():
     assert hq4.speedups == tuple(speedup(0.6, hq4.active, h) for h in OVERHEADS)
 
 
+def test_no_more_rows_share_a_prefix_than_a_batch_has():
+    sharers = lambda batch: [p.name for p in project(0.6, 64, 8192, batch=batch) if p.kind == "grouping"]  # noqa: E731
+    assert (sharers(1), sharers(16)) == ([], ["2 sharers", "4 sharers", "16 sharers"])
+
+
 def test_the_threshold_is_met_or_not():
     at = lambda value: Projection("active", "x", 0.5, (), value).verdict  # noqa: E731
     assert (at(WORTH_BUILDING), at(WORTH_BUILDING - 1e-9)) == ("worth building", "closed")

@@ -106,6 +106,7 @@ def test_quest_leaves_its_first_layers_dense():
     at, selector = steps_of(40, 3, 0), Quest(0.25, 4, dense=2)
     by_layer = [selector.keep(replace(at, layer=layer)) for layer in range(3)]
     assert all(torch.equal(keep, at.visible[None]) for keep in by_layer[:2])
+    assert [selector.index_fraction(layer) for layer in range(3)] == [0, 0, 1 / 4]
     assert torch.equal(by_layer[2], Quest(0.25, 4).keep(at)) and not torch.equal(by_layer[2], by_layer[0].expand_as(by_layer[2]))
 
 
@@ -123,7 +124,7 @@ def test_names_are_read_back():
     parsed = parse_selectors(text)
     assert ",".join(selector.name for selector in parsed) == text
     assert parse_selectors(f"{text}, {text}") == parsed  # each is measured once
-    assert parse_selectors("quest:b=16:f=0.5")[0].index_fraction == 1 / 16
+    assert [selector.oracle for selector in parsed] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(

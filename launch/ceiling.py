@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from rich import box
 from rich.table import Table
 
@@ -22,6 +23,7 @@ RULE = (
     f"Threshold: at an overhead of {VERDICT_OVERHEAD:.0%} of a step, worth building means at least {WORTH_BUILDING:.2f} times the speed; "
     "anything less is closed on this target."
 )
+_BUSY_CORES = 0.5  # with more than this taken by others, PyTorch's threads wait for each other and steps take many times as long
 _GIVEN_HEAD_DIM = 128  # of formats' bits where a share is given and no model
 
 
@@ -46,7 +48,7 @@ def run(
     if p_attn is None:
         facts, head_dim = _measured(model_or_demo(model), context, batch, steps, device, dummy_weights)
         projections = project(facts["p_attn"], head_dim, context, actives, overheads, batch)
-        lines = [f"Attention read K and V at {facts['read_gb_per_s']:.1f} GB/s; if memory gives much more, a faster kernel has a smaller p_attn."]
+        lines = _remarks(facts)
     else:
         facts, lines = {"p_attn": p_attn}, []
         projections = project(p_attn, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS, actives, overheads)
@@ -56,16 +58,27 @@ def run(
     return MEASURED if projections[0].verdict == "worth building" else CLOSED
 
 
+def _remarks(facts: dict[str, Any]) -> list[str]:
+    lines = [f"Attention read K and V at {facts['read_gb_per_s']:.1f} GB/s; if memory gives much more, a faster kernel has a smaller p_attn."]
+    if facts["device"] == "cpu" and facts["busy_cores"] > _BUSY_CORES and facts["threads"] > 1:
+        lines.append(
+            f"Do not trust this share: other processes kept {facts['busy_cores']:.1f} cores busy before it was measured, with {facts['threads']} "
+            "threads of ours. Measure on an idle machine, or with OMP_NUM_THREADS=1."
+        )
+    return lines
+
+
 def _measured(name: str, context: int, batch: int, steps: int, device: str, dummy_weights: bool) -> tuple[dict[str, Any], int]:
     """(facts, head_dim)."""
     from sgl_hq.lab.attention_share import WARM_UP_STEPS, measure_share
     from sgl_hq.lab.model_facts import device_facts, head_dim
 
+    busy_cores = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
     with progress(1 + WARM_UP_STEPS + steps) as (say, advance):
         model, ids = _model_and_ids(name, context + 1, device, dummy_weights)
         say("prefill and decode steps")
         share = measure_share(model, ids, batch, steps, lambda: advance(1))
-    facts = {"model": Path(name).name, "dummy_weights": dummy_weights} | device_facts(model.device)
+    facts = {"model": Path(name).name, "dummy_weights": dummy_weights, "busy_cores": round(busy_cores, 2)} | device_facts(model.device)
     return facts | _shares(share) | asdict(share), head_dim(model)
 
 

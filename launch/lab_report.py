@@ -1,28 +1,29 @@
-"""docs/lab.md from result files: `python -m sgl_hq.launch.lab_report docs` (needs the extra `docs`).
+"""docs/lab.md from result files: `python -m sgl_hq.launch.lab_report docs` (needs the extra `plots`).
 
     docs/results/lab-*.json        what `sgl-hq ceiling`, `oracle` and `frontier` wrote with --json
-    docs/lab.in.md                 the prose; {{ceilings}}, {{oracles}}, {{decisions}} and {{frontiers}} stand for what is made here
+    docs/lab.in.md                 the prose; {{conclusions}}, {{ceilings}}, {{oracles}} and {{frontiers}} stand for what is made here
     docs/lab.md, lab-frontier-*.svg    written
 
-No measured figure of a table is typed by hand.
+No measured figure is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgl_hq.lab.oracle_rows import PASS
-from sgl_hq.lab.projection import VERDICT_OVERHEAD, WORTH_BUILDING, speedup
+from sgl_hq.lab.projection import WORTH_BUILDING
+from sgl_hq.launch import lab_conclusions
 from sgl_hq.launch.frontier import PANELS
+from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, where
 from sgl_hq.launch.quality_report import plot
 
-Result = dict[str, Any]
-_DECISION_HEAD = ("target", "selector", "K, V read", "implementation verdict", f"projected speed at {VERDICT_OVERHEAD:.0%}", "conclusion")
 _SHOWN_PROJECTIONS = ("no attention at all", "0.25 of the tokens", "hq7", "hq4", "4 sharers", "16 sharers")
+_CEILING_HEAD = ("model", "context", "on", "p_attn (least to most)", "K, V read at GB/s", *_SHOWN_PROJECTIONS, "verdict")
 
 
 def write(docs: Path) -> None:
@@ -32,9 +33,9 @@ def write(docs: Path) -> None:
         raise FileNotFoundError(f"no lab-*.json in {docs / 'results'}: write them with sgl-hq ceiling, oracle or frontier and --json")
     ceilings, oracles, frontiers = ([r for r in results if r["lab"] == kind] for kind in ("ceiling", "oracle", "frontier"))
     parts = {
-        "ceilings": _table(("model", "context x batch", "p_attn (least to most)", *_SHOWN_PROJECTIONS, "verdict"), _ceilings(ceilings)),
-        "oracles": "\n\n".join(map(_oracle, oracles)),
-        "decisions": _table(_DECISION_HEAD, _decisions(ceilings, oracles)),
+        "conclusions": "\n".join([*(lab_conclusions.of_target(o, ceilings) for o in oracles), *map(lab_conclusions.of_frontier, frontiers)]),
+        "ceilings": _table(_CEILING_HEAD, map(_ceiling, ceilings)),
+        "oracles": "\n\n".join(_oracle(o, ceilings) for o in oracles),
         "frontiers": "\n\n".join(_frontier(result, docs) for result in frontiers),
     }  # fmt: skip
     text = (docs / "lab.in.md").read_text()
@@ -43,55 +44,47 @@ def write(docs: Path) -> None:
     (docs / "lab.md").write_text(text)
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    """A sentence instead where there is no row."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]) if lines else "Nothing is measured yet."
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def _ceilings(ceilings: Sequence[Result]) -> Iterator[Sequence[str]]:
-    for r in ceilings:
-        at_verdict = {row["name"].split(",")[0]: row["at_verdict"] for row in r["rows"]}
-        share = f"{r['p_attn']:.3f} ({r['p_attn_min']:.3f} to {r['p_attn_max']:.3f})"
-        figures = (f"{at_verdict[name]:.2f}" for name in _SHOWN_PROJECTIONS)
-        verdict = "open" if at_verdict[_SHOWN_PROJECTIONS[0]] >= WORTH_BUILDING else "**closed**"
-        yield r["model"], f"{r['context_tokens']:,} x {r['batch']}", share, *figures, verdict
+def _ceiling(r: Result) -> Sequence[str]:
+    at_verdict = {row["name"].split(",")[0]: row["at_verdict"] for row in r["rows"]}
+    model = f"{r['model']}, dummy weights" if r["dummy_weights"] else r["model"]
+    share = f"{r['p_attn']:.3f} ({r['p_attn_min']:.3f} to {r['p_attn_max']:.3f})"
+    figures = (f"{at_verdict[name]:.2f}" if name in at_verdict else "-" for name in _SHOWN_PROJECTIONS)
+    verdict = "open" if at_verdict[_SHOWN_PROJECTIONS[0]] >= WORTH_BUILDING else "**closed**"
+    return model, f"{r['context_tokens']:,}", where(r), share, f"{r['read_gb_per_s']:.1f}", *figures, verdict
 
 
-def _oracle(result: Result) -> str:
+def _oracle(result: Result, ceilings: Sequence[Result]) -> str:
     head = ("selector", "implementation verdict", "steps within bounds", "tokens kept", "K, V read", "logit MSE worst", "top-10 worst",
             "tokens changed", "output L2 worst", "KL mean")  # fmt: skip
     title = f"### {result['model']}, {result['context_tokens']:,} tokens, {result['steps']} steps after each of {', '.join(result['texts'])}"
-    return f"{title}\n\n{_table(head, map(_selector, result['selectors']))}"
+    here, decisions = ceilings_of(result, ceilings), decide(result, ceilings)
+    speeds = "No ceiling is measured on this target."
+    if decisions:
+        speeds = _table(("speed with", *map(where, here), "conclusion"), map(_decision, decisions))
+    return f"{title}\n\n{_table(head, map(_selector, result['selectors']))}\n\n{speeds}"
 
 
 def _selector(s: dict[str, Any]) -> Sequence[str]:
-    mse, kl = _shown(s["mse_max"], ".3f"), _shown(s["kl_mean"], ".5f")
     return (
         f"`{s['selector']}`", f"**{PASS}**" if s["implementation_verdict"] == PASS else s["implementation_verdict"],
-        f"{s['rows_within_bounds']}/{s['rows']}", f"{s['kept_fraction']:.3f}", f"{s['read_fraction']:.3f}", mse, f"{s['topk_min']:.1f}",
-        f"{s['argmax_changed']}/{s['argmax_judged']}", f"{s['rel_l2_max']:.3f}", kl,
+        f"{s['rows_within_bounds']}/{s['rows']}", f"{s['kept_fraction']:.3f}", f"{s['read_fraction']:.3f}", _shown(s["mse_max"], ".3f"),
+        f"{s['topk_min']:.1f}", f"{s['argmax_changed']}/{s['argmax_judged']}", f"{s['rel_l2_max']:.3f}", _shown(s["kl_mean"], ".5f"),
     )  # fmt: skip
+
+
+def _decision(d: Decision) -> Sequence[str]:
+    conclusion = d.conclusion if d.conclusion == CLOSED else f"**{d.conclusion}**"
+    return f"`{d.selector}`", *(f"{speed:.2f}" for speed in d.speeds), conclusion
 
 
 def _shown(value: float | None, style: str) -> str:
     """Figures that are not finite are null in JSON."""
     return "inf" if value is None else f"{value:{style}}"
-
-
-def _decisions(ceilings: Sequence[Result], oracles: Sequence[Result]) -> Iterator[Sequence[str]]:
-    """The rule: worth building only if ceiling and oracle pass on the same model and context."""
-    for ceiling in ceilings:
-        for oracle in oracles:
-            target = ("model", "context_tokens")
-            if any(ceiling[key] != oracle[key] for key in target):
-                continue
-            where = f"{ceiling['model']}, {ceiling['context_tokens']:,} x {ceiling['batch']}"
-            for s in oracle["selectors"]:
-                speed = speedup(ceiling["p_attn"], min(1.0, s["read_fraction"]), VERDICT_OVERHEAD)
-                verdict = s["implementation_verdict"]
-                conclusion = "**worth building**" if speed >= WORTH_BUILDING and verdict == PASS else "closed"
-                yield where, f"`{s['selector']}`", f"{s['read_fraction']:.3f}", verdict, f"{speed:.2f}", conclusion
 
 
 def _frontier(result: Result, docs: Path) -> str:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sgl_hq.lab.errors import LabError
 from sgl_hq.lab.oracle_rows import summarize_selector
-from sgl_hq.launch.ceiling import RULE
+from sgl_hq.launch.ceiling import RULE, _remarks
 from sgl_hq.launch.cli import app
 from sgl_hq.launch.oracle import _sentences, _table
 
@@ -67,11 +67,19 @@ def test_ceiling_closes_a_target_with_exit_code_3(lab):
 
 
 def test_ceiling_measures_a_model(tiny_model, lab):
-    said, found = lab("ceiling", "--model", str(tiny_model), "--context", "2000", "--batch", "8", "--steps", "3")
+    said, found = lab("ceiling", "--model", str(tiny_model), "--context", "2000", "--batch", "8", "--steps", "3", codes=(0, 3))
     assert (found["context_tokens"], found["batch"], len(found["step_s"]), found["device"]) == (2000, 8, 3, "cpu")
     assert 0 < found["p_attn_min"] <= found["p_attn"] <= found["p_attn_max"] < 1 and f"p_attn {found['p_attn']:.3f}" in said
     assert [row["name"] for row in found["rows"] if row["kind"] == "grouping"] == ["2 sharers", "4 sharers"]  # 8 rows: not 16
     assert f"at {found['read_gb_per_s']:.1f} GB/s" in said and found["threads"] >= 1
+    assert found["busy_cores"] >= 0
+
+
+@pytest.mark.parametrize(("busy", "threads", "warned"), [(1.2, 2, True), (0.2, 2, False), (1.2, 1, False)])
+def test_ceiling_on_a_busy_machine_is_not_to_be_trusted(busy, threads, warned):
+    """Seen: two threads beside other work made p_attn 0.13 where one thread had 0.37, which closes what is open."""
+    lines = _remarks({"read_gb_per_s": 3.0, "busy_cores": busy, "threads": threads, "device": "cpu"})
+    assert any("Do not trust" in line for line in lines) is warned
 
 
 def test_ceiling_of_a_shape_needs_no_weights(tiny_model, lab, tmp_path):

@@ -6,7 +6,8 @@
     recent_sink:sink=4:recent=1024    the first and the latest tokens (the step's own token counts as one of the latest)
     quest:f=0.25:b=16                 implementable: the share f of the pages of b tokens with the largest upper bound of
                                       q.k, from the minimum and maximum of K per channel (arXiv 2406.10774); per query head,
-                                      and the newest page always. `:dense=2` leaves the first two layers dense, as there
+                                      and the newest page always. `:dense=2` leaves the first two layers dense, as there;
+                                      `:first=1` (ours) always keeps the first page, which holds the attention sink
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from sgl_hq.lab.errors import LabError
 
-_GRAMMAR = "global_block_mass:f=F:b=TOKENS, recent_sink:sink=TOKENS:recent=TOKENS or quest:f=F:b=TOKENS[:dense=LAYERS]"
+_GRAMMAR = "global_block_mass:f=F:b=TOKENS, recent_sink:sink=TOKENS:recent=TOKENS or quest:f=F:b=TOKENS[:dense=LAYERS][:first=PAGES]"
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,13 @@ class Quest:
     f: float
     b: int
     dense: int = 0  # first layers that attend to everything
+    first: int = 0  # first pages that are kept before any other but the newest
     oracle: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        return f"quest:f={self.f:g}:b={self.b}" + (f":dense={self.dense}" if self.dense else "")
+        options = "".join(f":{key}={getattr(self, key)}" for key in ("dense", "first") if getattr(self, key))
+        return f"quest:f={self.f:g}:b={self.b}{options}"
 
     def index_fraction(self, layer: int) -> float:
         """A minimum and a maximum beside the b keys and b values of a page."""
@@ -117,13 +120,14 @@ class Quest:
             sign * _blocks((sign * steps.key).mT, self.b, -math.inf).amax(-1).repeat_interleave(heads, 0) for sign in (-1, 1)
         )  # [Hq, D, pages]
         bound = steps.query.clamp(min=0) @ highest + steps.query.clamp(max=0) @ lowest
+        bound[..., : self.first] = torch.finfo(bound.dtype).max
         newest = (steps.visible.sum(1) - 1) // self.b
         bound[:, torch.arange(len(newest), device=bound.device), newest] = math.inf
         return _largest(bound, steps.visible, self.f, self.b)
 
 
 _KINDS: dict[str, type[Selector]] = {"global_block_mass": GlobalBlockMass, "recent_sink": RecentSink, "quest": Quest}
-_WHOLE = {"b": 1, "recent": 1, "sink": 0, "dense": 0}  # parameter -> its smallest value
+_WHOLE = {"b": 1, "recent": 1, "sink": 0, "dense": 0, "first": 0}  # parameter -> its smallest value
 
 
 def parse_selectors(text: str) -> tuple[Selector, ...]:

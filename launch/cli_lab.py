@@ -48,7 +48,8 @@ def oracle(
     context: Annotated[int, typer.Option(min=1, help="Tokens before the first step.")] = 2048,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps after each text.")] = 16,
     selector: Annotated[
-        Optional[str], typer.Option(help="Comma-separated; global_block_mass:f=F:b=N, recent_sink:sink=N:recent=N, quest:f=F:b=N[:dense=LAYERS][:first=PAGES].")
+        Optional[str],
+        typer.Option(help="Comma-separated; global_block_mass:f=F:b=N, recent_sink:sink=N:recent=N, quest:f=F:b=N[:dense=LAYERS][:first=PAGES]."),
     ] = None,
     windows: _WINDOWS = None,
     device: _DEVICE = "cpu",

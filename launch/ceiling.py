@@ -52,7 +52,7 @@ def run(
     else:
         facts, lines = {"p_attn": p_attn}, []
         projections = project(p_attn, _GIVEN_HEAD_DIM, STATED_PREFIX_TOKENS, actives, overheads)
-    show(_table(projections, overheads, facts), [*lines, _sentence(facts["p_attn"], projections[0])])
+    show(_title(facts), _table(projections, overheads), [*lines, _sentence(facts["p_attn"], projections[0])])
     rows = [asdict(p) | {"verdict": p.verdict} for p in projections]
     write_result("ceiling", facts | {"overheads": list(overheads), "threshold": WORTH_BUILDING, "rows": rows}, began, json_path)
     return MEASURED if projections[0].verdict == "worth building" else CLOSED
@@ -105,9 +105,13 @@ def _shares(share: AttentionShare) -> dict[str, float]:
     return spread | {"read_gb_per_s": share.read_gb_per_s}
 
 
-def _table(projections: Sequence[Projection], overheads: Sequence[float], facts: dict[str, Any]) -> Table:
+def _title(facts: dict[str, Any]) -> str:
     where = f"{facts['model']}, {facts['context_tokens']:,} tokens x {facts['batch']} on {facts['device']}" if "model" in facts else "given share"
-    out = Table(box=box.SIMPLE_HEAD, title=f"Speed of a decode step, p_attn {facts['p_attn']:.3f} ({where})", title_justify="left")
+    return f"Speed of a decode step, p_attn {facts['p_attn']:.3f} ({where})"
+
+
+def _table(projections: Sequence[Projection], overheads: Sequence[float]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD)
     out.add_column("attention does")
     out.add_column("f", justify="right")
     for overhead in overheads:

@@ -66,7 +66,7 @@ def run(
             _refuse_references(formats, head_dim(loaded.model))
             codecs = [codec for codec in codecs if codec.name not in BASELINES]
         rows = frontier_rows(loaded, texts, prefixes, steps, codecs, say, advance)
-    show(_table(rows, f"{Path(model).name}: {len(texts)} texts, prefixes {', '.join(map(str, prefixes))}, {steps} steps"), [
+    show(f"{Path(model).name}: {len(texts)} texts, prefixes {', '.join(map(str, prefixes))}, {steps} steps", _table(rows), [
         f"Smaller formats are worse in logit MSE along: {' '.join(pareto(rows, 'mse_mean'))}.",
         f"The same for the score cosine: {' '.join(pareto(rows, 'score_cos_mean', larger_is_better=True))}.",
         "Trials within bounds here admit nothing to a server: that takes sgl-hq gate.",
@@ -96,8 +96,8 @@ def _check_matplotlib() -> None:
         raise LabError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave out --plot")
 
 
-def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("format", no_wrap=True)
     out.add_column("trials\nin bounds", justify="right")
     for label, _, _ in _COLUMNS:

@@ -37,14 +37,14 @@ def _grouping(ceilings: Sequence[Result]) -> Iterator[str]:
 
 
 def _answers(selectors: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for oracle, kind in ((True, "oracle"), (False, "selector that could be built")):
+    for oracle, kind, kinds in ((True, "oracle", "oracles"), (False, "selector that can be built", "selectors that can be built")):
         of_kind = [s for s in selectors if s["oracle"] is oracle]
         if not of_kind:
             continue
         passed = [s for s in of_kind if s["implementation_verdict"] == PASS]
         if passed:
             named = (f"`{s['selector']}` (worst logit MSE {s['mse_max']:.3f})" for s in passed)
-            yield f"Of {len(of_kind)} {kind}s {len(passed)} keep every bound at every step: {', '.join(named)}."
+            yield f"Every bound at every step is kept by {len(passed)} of {len(of_kind)} {kinds}: {', '.join(named)}."
         else:
             best = max(of_kind, key=lambda s: s["rows_within_bounds"])
             yield f"No {kind} keeps every bound; the nearest is `{best['selector']}`, {best['rows_within_bounds']} of {best['rows']} steps."

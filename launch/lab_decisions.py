@@ -38,6 +38,16 @@ class Decision:
         return LOOK if self.oracle else BUILD
 
 
+def joined(oracles: Sequence[Result]) -> list[Result]:
+    """Runs over the same steps of the same model as one, with the selectors of all of them."""
+    targets: dict[tuple, Result] = {}
+    for result in oracles:
+        key = result["model"], result["context_tokens"], result["steps"], tuple(result["texts"])
+        before = targets.get(key, result | {"selectors": []})
+        targets[key] = before | {"selectors": [*before["selectors"], *result["selectors"]]}
+    return list(targets.values())
+
+
 def ceilings_of(oracle: Result, ceilings: Sequence[Result]) -> list[Result]:
     return [c for c in ceilings if all(c[key] == oracle[key] for key in ("model", "context_tokens"))]
 

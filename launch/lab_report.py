@@ -19,7 +19,7 @@ from sgl_hq.lab.oracle_rows import PASS
 from sgl_hq.lab.projection import WORTH_BUILDING
 from sgl_hq.launch import lab_conclusions
 from sgl_hq.launch.frontier import PANELS
-from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, where
+from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, joined, where
 from sgl_hq.launch.quality_report import plot
 
 _SHOWN_PROJECTIONS = ("no attention at all", "0.25 of the tokens", "hq7", "hq4", "4 sharers", "16 sharers")
@@ -32,6 +32,7 @@ def write(docs: Path) -> None:
     if not results:
         raise FileNotFoundError(f"no lab-*.json in {docs / 'results'}: write them with sgl-hq ceiling, oracle or frontier and --json")
     ceilings, oracles, frontiers = ([r for r in results if r["lab"] == kind] for kind in ("ceiling", "oracle", "frontier"))
+    oracles = joined(oracles)
     parts = {
         "conclusions": "\n".join([*(lab_conclusions.of_target(o, ceilings) for o in oracles), *map(lab_conclusions.of_frontier, frontiers)]),
         "ceilings": _table(_CEILING_HEAD, map(_ceiling, ceilings)),

@@ -51,10 +51,11 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int]
         yield say, lambda cost: bars.advance(task, cost)
 
 
-def show(table: Table, lines: list[str]) -> None:
+def show(title: str, table: Table, lines: list[str]) -> None:
     """On stdout, never cut, also in a file."""
     console = Console()
     console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_folder, model_or_demo,
 
 DEFAULT_SELECTORS = (
     "global_block_mass:f=0.25:b=64,global_block_mass:f=0.5:b=64,global_block_mass:f=0.25:b=16,"
-    "recent_sink:sink=4:recent=1024,quest:f=0.25:b=16:dense=2,quest:f=0.5:b=16:dense=2"
+    "recent_sink:sink=4:recent=1024,quest:f=0.25:b=16:dense=2,quest:f=0.25:b=16:first=1,quest:f=0.5:b=16:first=1"
 )
 _WITHIN, _BROKEN = "·", "x"
 
@@ -53,7 +53,7 @@ def run(
     by_selector = {s.name: [row for row in rows if row.selector == s.name] for s in chosen}
     summaries = [{"oracle": s.oracle} | summarize_selector(by_selector[s.name]) for s in chosen]
     title = f"{name}: {context:,} tokens, {steps} steps after each of {', '.join(text.name for text in texts)}"
-    show(_table(summaries, title), _sentences(summaries, by_selector))
+    show(title, _table(summaries), _sentences(summaries, by_selector))
     facts = {"model": name, "context_tokens": context, "steps": steps, "texts": [t.name for t in texts]} | device_facts(loaded.model.device)
     found = [_row(row) for row in rows]
     write_result("oracle", facts | {"selectors": [_finite(s) for s in summaries], "rows": found}, began, json_path)
@@ -70,8 +70,8 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def _table(summaries: Sequence[dict[str, Any]], title: str) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+def _table(summaries: Sequence[dict[str, Any]]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD)
     out.add_column("selector", no_wrap=True)
     out.add_column("implementation\nverdict")
     for column in (

@@ -89,6 +89,10 @@ def measure_share(
 
 
 def _check_memory(kv_bytes: int, device: torch.device) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the float32 weights are gone, PyTorch still keeps their memory
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
     if kv_bytes > free:
         raise LabError(f"K and V need {kv_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: give a smaller --batch or --context")

@@ -115,7 +115,7 @@ def test_a_step_within_bounds_is_never_shown_or_written_as_a_pass(lab):
 
     rows = [ROW] * 15 + [type(ROW)(**{**vars(ROW), "mse": 1.0})]
     summaries, screen = [summarize_selector(rows)], StringIO()
-    Console(file=screen, width=200).print(_table(summaries, "title"))
+    Console(file=screen, width=200).print(_table(summaries))
     lines = _sentences(summaries, {ROW.selector: rows})
     assert "fail" in screen.getvalue() and "15/16" in screen.getvalue() and "pass" not in screen.getvalue()
     assert lines[1].endswith("·" * 15 + "x") and lines[-1].startswith("Closed: ")

@@ -53,6 +53,14 @@ def test_decisions(name, p_attn, verdict, context, expected):
     assert [d.conclusion for d in decide(oracle(selector(name, verdict)), [ceiling(p_attn, context=context)])] == expected
 
 
+def test_runs_over_the_same_steps_are_joined_and_others_are_not():
+    from sgl_hq.launch.lab_decisions import joined
+
+    run = lambda name, steps: oracle(selector(name, "fail")) | {"steps": steps, "texts": ["code"]}  # noqa: E731
+    found = joined([run("quest:f=0.25:b=16", 16), run("quest:f=0.5:b=16", 16), run("quest:f=1:b=16", 8)])
+    assert [[s["selector"] for s in r["selectors"]] for r in found] == [["quest:f=0.25:b=16", "quest:f=0.5:b=16"], ["quest:f=1:b=16"]]
+
+
 def test_one_ceiling_that_reaches_the_threshold_is_enough():
     from sgl_hq.launch.lab_decisions import decide
 
@@ -69,8 +77,8 @@ def test_conclusions_name_what_passed_and_never_more():
     said = of_target(oracle(selector(block, "pass"), *failing), [ceiling(0.5), ceiling(0.2, batch=1)])
     assert "50% of a step on cpu, batch 16 (at most 1.82 times the speed), 20% of a step on cpu, batch 1 (at most 1.18" in said
     assert "Grouping, 16 sharers on cpu, batch 16: at most 1.72 times" in said and said.count("Grouping") == 1
-    assert f"Of 1 oracles 1 keep every bound at every step: `{block}` (worst logit MSE 0.100)." in said
-    assert f"No selector that could be built keeps every bound; the nearest is `{quest}`, 31 of 32 steps." in said
+    assert f"Every bound at every step is kept by 1 of 1 oracles: `{block}` (worst logit MSE 0.100)." in said
+    assert f"No selector that can be built keeps every bound; the nearest is `{quest}`, 31 of 32 steps." in said
     assert "Worth looking for" in said and "Worth building" not in said
 
     said = of_target(oracle(selector(block, "pass"), selector(quest, "pass", read=0.3)), [ceiling(0.5)])

@@ -12,7 +12,7 @@ import psutil
 from rich import box
 from rich.table import Table
 
-from sgl_hq.lab.projection import VERDICT_OVERHEAD, WORTH_BUILDING, Projection, project
+from sgl_hq.lab.projection import VERDICT_OVERHEAD, WORTH_BUILDING, Projection, is_open, project
 from sgl_hq.launch.lab_run import CLOSED, MEASURED, check_folder, model_or_demo, progress, show, write_result
 from sgl_hq.page_format import STATED_PREFIX_TOKENS
 
@@ -65,6 +65,9 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
             f"Do not trust this share: other processes kept {facts['busy_cores']:.1f} cores busy before it was measured, with {facts['threads']} "
             "threads of ours. Measure on an idle machine, or with OMP_NUM_THREADS=1."
         )
+    least, most = facts["p_attn_min"], facts["p_attn_max"]
+    if is_open(least) != is_open(most):
+        lines.append(f"Unclear: steps had shares of {least:.3f} to {most:.3f}, on both sides of the threshold. Measure on an idle machine.")
     return lines
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_hq.lab.oracle_rows import PASS
-from sgl_hq.lab.projection import WORTH_BUILDING
+from sgl_hq.lab.projection import is_open
 from sgl_hq.launch import lab_conclusions
 from sgl_hq.launch.frontier import PANELS
 from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, joined, where
@@ -55,7 +55,8 @@ def _ceiling(r: Result) -> Sequence[str]:
     model = f"{r['model']}, dummy weights" if r["dummy_weights"] else r["model"]
     share = f"{r['p_attn']:.3f} ({r['p_attn_min']:.3f} to {r['p_attn_max']:.3f})"
     figures = (f"{at_verdict[name]:.2f}" if name in at_verdict else "-" for name in _SHOWN_PROJECTIONS)
-    verdict = "open" if at_verdict[_SHOWN_PROJECTIONS[0]] >= WORTH_BUILDING else "**closed**"
+    verdicts = {"open" if is_open(share) else "**closed**" for share in (r["p_attn_min"], r["p_attn_max"])}
+    verdict = verdicts.pop() if len(verdicts) == 1 else "unclear"
     return model, f"{r['context_tokens']:,}", where(r), share, f"{r['read_gb_per_s']:.1f}", *figures, verdict
 
 

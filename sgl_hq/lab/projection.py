@@ -38,6 +38,11 @@ def speedup(p_attn: float, active: float, overhead: float = 0.0) -> float:
     return 1 / left if left else float("inf")
 
 
+def is_open(p_attn: float) -> bool:
+    """Whether a method that makes attention vanish would be worth building."""
+    return speedup(p_attn, 0.0, VERDICT_OVERHEAD) >= WORTH_BUILDING
+
+
 @dataclass(frozen=True)
 class Projection:
     """One method. kind: `limit`, `active`, `format` or `grouping`; active: f; speedups: one for each overhead."""

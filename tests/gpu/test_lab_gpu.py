@@ -35,7 +35,7 @@ def test_the_cuda_clock_agrees_with_the_profilers_kernels(config, tmp_path):
     seconds = sum(e.device_time_total for e in in_steps) / 1e6 / (len(in_steps) / config.num_hidden_layers)
     assert len(in_steps) >= config.num_hidden_layers * (WARM_UP_STEPS + 10)
     assert share.p_attn == pytest.approx(again.p_attn, rel=0.15)
-    assert seconds == pytest.approx(sum(again.attention_s) / 10, rel=0.25)  # events add the copy of the output, and gaps
+    assert seconds == pytest.approx(sum(again.attention_s) / 10, rel=0.35)  # events add the copy of the output, and gaps
     assert share.read_gb_per_s > 50
 
 

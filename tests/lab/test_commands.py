@@ -78,8 +78,14 @@ def test_ceiling_measures_a_model(tiny_model, lab):
 @pytest.mark.parametrize(("busy", "threads", "warned"), [(1.2, 2, True), (0.2, 2, False), (1.2, 1, False)])
 def test_ceiling_on_a_busy_machine_is_not_to_be_trusted(busy, threads, warned):
     """Seen: two threads beside other work made p_attn 0.13 where one thread had 0.37, which closes what is open."""
-    lines = _remarks({"read_gb_per_s": 3.0, "busy_cores": busy, "threads": threads, "device": "cpu"})
+    lines = _remarks({"read_gb_per_s": 3.0, "busy_cores": busy, "threads": threads, "device": "cpu", "p_attn_min": 0.3, "p_attn_max": 0.4})
     assert any("Do not trust" in line for line in lines) is warned
+
+
+@pytest.mark.parametrize(("least", "most", "unclear"), [(0.13, 0.24, True), (0.2, 0.4, False), (0.01, 0.1, False)])
+def test_ceiling_whose_steps_disagree_says_so(least, most, unclear):
+    lines = _remarks({"read_gb_per_s": 3.0, "busy_cores": 0, "threads": 1, "device": "cpu", "p_attn_min": least, "p_attn_max": most})
+    assert any("Unclear" in line for line in lines) is unclear
 
 
 def test_ceiling_of_a_shape_needs_no_weights(tiny_model, lab, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_hq.lab.errors import LabError
-from sgl_hq.lab.projection import OVERHEADS, VERDICT_OVERHEAD, WORTH_BUILDING, Projection, project, speedup
+from sgl_hq.lab.projection import OVERHEADS, VERDICT_OVERHEAD, WORTH_BUILDING, Projection, is_open, project, speedup
 from sgl_hq.page_format import get_format
 
 SHARE = st.floats(0, 1)
@@ -53,6 +53,12 @@ def test_formats_and_grouping():
     assert ("format", "bf16") not in found and found["limit", "no attention at all"].active == 0
     hq4 = found["format", "hq4"]
     assert hq4.speedups == tuple(speedup(0.6, hq4.active, h) for h in OVERHEADS)
+
+
+def test_a_target_is_open_if_no_attention_at_all_would_pay():
+    for share in (0.05, 0.14, 0.15, 0.5):
+        assert is_open(share) is (project(share, 64, 8192)[0].verdict == "worth building")
+    assert [is_open(share) for share in (0.14, 0.15)] == [False, True]
 
 
 def test_no_more_rows_share_a_prefix_than_a_batch_has():

@@ -204,8 +204,8 @@ def measure_workload(
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    """The middle value; of an even number, the lower one of the two: a figure that was measured. None if a value is."""
-    return None if None in values else statistics.median_low(values)
+    """None if a value is missing. The mean of the two in the middle of an even number: the lower one flatters latencies."""
+    return None if None in values else statistics.median(values)
 
 
 def _measure_once(setup: Setup, session: Session, load: Workload, server: ServerProcess, client: LoadClient) -> Row:

@@ -58,12 +58,16 @@ def build_radix_cache(context):
     from sgl_hq.cache.packing_radix_cache import PackingRadixCache
     from sgl_hq.config import from_env
     from sgl_hq.patches.requests import bind_tree
+    from sgl_hq.pool.allocator_warm_up import warm_up_allocator
 
     runner = context.tp_worker.model_runner
     config = from_env()
     _assert_in_place(runner, config)
-    if str(runner.device).startswith("cuda") and not context.server_args.disable_overlap_schedule:
-        runner.token_to_kv_pool.forward_stream = runner.forward_stream
+    if str(runner.device).startswith("cuda"):
+        if not context.server_args.disable_overlap_schedule:
+            runner.token_to_kv_pool.forward_stream = runner.forward_stream
+        if config.packs:
+            warm_up_allocator(context.params.page_size, context.params.req_to_token_pool.size, runner.device)
     tree = PackingRadixCache(context.params, runner.token_to_kv_pool, config.pack)
     bind_tree(tree)
     runner.attn_backend.forward_runs = tree.live.forward_runs

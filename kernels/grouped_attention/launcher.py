@@ -173,21 +173,22 @@ def grouped_attention(q: torch.Tensor, records: torch.Tensor, layout: PageLayout
 
     _check(q, records, layout, work)
     grid, kind, heads = work.grid, layout.fmt.kind, work.kv_heads
-    at = grid.sections(work.max_rows)
+    # A decode graph launches kernels for whatever the lists of a replay may hold.
+    at, tiles = grid.sections(work.max_rows), work.tiles.both(grid.possible_tiles(len(q)))
     parts = (work.part_o, work.part_lse)
     shape = {"Q_HEADS": q.shape[1], "GROUP": grid.group, "D": layout.head_dim, "PTX": q.is_cuda}
-    if work.tiles.small:
+    if tiles.small:
         attend_small[(grid.small * heads,)](
             q, records, work.words, *parts, *records.stride()[:2], scale * LOG2_E, **shape, **small_constants(layout), ROWS=grid.small_tile,
             FIRST=at.small, PROGRAMS=grid.small, **_SMALL, **(_SLIM if _is_slim(layout, grid.small_tile) else {}),
         )  # fmt: skip
-    if not work.tiles.large:
+    if not tiles.large:
         return
     if kind == "bf16":
         pages = records.view(torch.bfloat16)
     else:
         pages, programs = work.scratch, grid.large * heads * _EXPAND_PER_SM
-        if work.tiles.expanded:
+        if tiles.expanded:
             expand_pages[(programs,)](
                 records, work.words, pages, *records.stride()[:2], heads, D=layout.head_dim, KIND=kind, **expand_constants(layout),
                 FIRST=at.expand, PROGRAMS=programs, num_warps=4,

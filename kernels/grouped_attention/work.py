@@ -61,6 +61,10 @@ class Tiles(NamedTuple):
     large: bool
     expanded: bool
 
+    def both(self, other: Tiles) -> Tiles:
+        """What this and the other have."""
+        return Tiles(*(a and b for a, b in zip(self, other)))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -88,6 +92,10 @@ class Grid:
     @property
     def large_rows(self) -> int:
         return LARGE_ROWS // self.group
+
+    def possible_tiles(self, rows: int) -> Tiles:
+        """What lists for so many query rows may have: no group has more rows."""
+        return Tiles(rows > 0, rows > self.most_small_rows, -(-rows // self.large_rows) > self.direct_tiles)
 
     def header_words(self, max_rows: int) -> int:
         return self.small + 1 + self.large + 1 + 2 * max_rows + 1 + 2

@@ -313,6 +313,8 @@ def test_figures_are_medians_of_repeats_that_each_begin_with_an_empty_cache(monk
     assert server.flushed == 6 and server.frozen_after == 0
     assert client.waves[len(WARM_UP) :] == [WORKLOADS["4x16"].priming, WORKLOADS["4x16"].wave] * 3 + [WORKLOADS["cold"].wave] * 3
     assert (rows[0]["tpot_ms"], rows[0]["tpot_ms_of_each"], rows[0]["repeats"]) == (7.0, [9.0, 5.0, 7.0], 3)
+    rows, _ = run_measure(monkeypatch, [FakeServer(vanilla)], repeats=2, client=Varying())
+    assert rows[0]["tpot_ms"] == 7.0 and rows[0]["tpot_ms_of_each"] == [9.0, 5.0]
 
 
 def test_an_arm_that_does_not_start_is_a_row_and_the_next_one_runs(monkeypatch, capsys):

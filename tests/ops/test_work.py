@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sgl_hq.kernels.grouped_attention.launcher import plan_pages
 from sgl_hq.kernels.grouped_attention.work import (
-    LARGE_ROWS, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, Grid, RowGroup, lay_out,
+    LARGE_ROWS, MAX_SMALL_TILES, MIN_LARGE_PAGES, MIN_SMALL_PAGES, NO_SINK, Grid, RowGroup, Tiles, lay_out, tiles_of,
 )  # fmt: skip
 from sgl_hq.page_format import get_format
 from work_lists import Lists
@@ -42,6 +42,8 @@ def batches(draw):
 def check(groups: list[RowGroup], max_rows: int, grid: Grid, room: int | None) -> Lists:
     words, parts = lay_out(groups, max_rows, grid, SINK_TOKENS, room)
     lists = Lists(words, max_rows, grid)
+    found, rows = tiles_of(words, max_rows, grid), 1 + max((row for group in groups for row in group.rows), default=-1)
+    assert found.both(grid.possible_tiles(rows)) == found, "a decode graph would lack a kernel"
     assert room is None or len(lists.expanded) <= room
     wanted, skipped = Counter(), Counter()
     for group in groups:
@@ -134,3 +136,11 @@ def test_flashinfer_lists_are_checked():
         plan_pages(ints(0, 1), ints(0, 1), ints(7), ints(64), **shape | {"layout": get_format("K4tV4").layout(64)})
     with pytest.raises(ValueError, match="head_dim"):
         plan_pages(ints(0, 1), ints(0, 1), ints(7), ints(64), **shape | {"layout": get_format("hq4").layout(96)})
+
+
+def test_few_rows_need_no_large_tiles_and_no_expanding():
+    grid = Grid(40, 20, 7, 8, direct_tiles=4)
+    assert grid.possible_tiles(0) == Tiles(False, False, False)
+    assert grid.possible_tiles(4) == Tiles(True, False, False)
+    assert grid.possible_tiles(72) == Tiles(True, True, False)
+    assert grid.possible_tiles(73) == Tiles(True, True, True)

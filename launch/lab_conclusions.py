@@ -8,14 +8,14 @@ from itertools import permutations
 from typing import Any
 
 from sgl_hq.lab.oracle_rows import PASS
-from sgl_hq.launch.lab_decisions import BUILD, LOOK, Decision, Result, ceilings_of, decide, where
+from sgl_hq.launch.lab_decisions import BUILD, LOOK, Decision, Result, ceilings_of, decide, device, where
 
 _LIMIT = "no attention at all"
 
 
 def of_target(oracle: Result, ceilings: Sequence[Result]) -> str:
     """What is open and what is closed for one model and context: a list item of one paragraph."""
-    head = f"**{oracle['model']}, {oracle['context_tokens']:,} tokens, {oracle['selectors'][0]['rows']} steps.**"
+    head = f"**{oracle['model']}, {oracle['context_tokens']:,} tokens, {oracle['selectors'][0]['rows']} steps on {device(oracle)}.**"
     here = ceilings_of(oracle, ceilings)
     sentences = (_limits(here), *_grouping(here), *_answers(oracle["selectors"]), *_next(decide(oracle, ceilings)))
     return f"- {head} {' '.join(sentences)}"

@@ -39,10 +39,10 @@ class Decision:
 
 
 def joined(oracles: Sequence[Result]) -> list[Result]:
-    """Runs over the same steps of the same model as one, with the selectors of all of them."""
+    """Runs over the same steps of the same model on the same device as one, with the selectors of all of them."""
     targets: dict[tuple, Result] = {}
     for result in oracles:
-        key = result["model"], result["context_tokens"], result["steps"], tuple(result["texts"])
+        key = result["model"], result["context_tokens"], result["steps"], tuple(result["texts"]), device(result)
         before = targets.get(key, result | {"selectors": []})
         targets[key] = before | {"selectors": [*before["selectors"], *result["selectors"]]}
     return list(targets.values())
@@ -66,6 +66,11 @@ def decide(oracle: Result, ceilings: Sequence[Result]) -> list[Decision]:
     ]  # fmt: skip
 
 
+def device(result: Result) -> str:
+    """`cpu`, or a GPU's name."""
+    return result.get("gpu", result["device"])
+
+
 def where(ceiling: Result) -> str:
     """`cpu, batch 16`, or a GPU's name in place of cpu."""
-    return f"{ceiling.get('gpu', ceiling['device'])}, batch {ceiling['batch']}"
+    return f"{device(ceiling)}, batch {ceiling['batch']}"

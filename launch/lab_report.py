@@ -19,7 +19,7 @@ from sgl_hq.lab.oracle_rows import PASS
 from sgl_hq.lab.projection import is_open
 from sgl_hq.launch import lab_conclusions
 from sgl_hq.launch.frontier import PANELS
-from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, joined, where
+from sgl_hq.launch.lab_decisions import CLOSED, Decision, Result, ceilings_of, decide, device, joined, where
 from sgl_hq.launch.quality_report import plot
 
 _SHOWN_PROJECTIONS = ("no attention at all", "0.25 of the tokens", "hq7", "hq4", "4 sharers", "16 sharers")
@@ -63,7 +63,8 @@ def _ceiling(r: Result) -> Sequence[str]:
 def _oracle(result: Result, ceilings: Sequence[Result]) -> str:
     head = ("selector", "implementation verdict", "steps within bounds", "tokens kept", "K, V read", "logit MSE worst", "top-10 worst",
             "tokens changed", "output L2 worst", "KL mean")  # fmt: skip
-    title = f"### {result['model']}, {result['context_tokens']:,} tokens, {result['steps']} steps after each of {', '.join(result['texts'])}"
+    steps = f"{result['steps']} steps after each of {', '.join(result['texts'])}, on {device(result)}"
+    title = f"### {result['model']}, {result['context_tokens']:,} tokens, {steps}"
     here, decisions = ceilings_of(result, ceilings), decide(result, ceilings)
     speeds = "No ceiling is measured on this target."
     if decisions:

@@ -34,7 +34,7 @@ def selector(name: str, verdict: str, read: float = 0.4, within: int = 32) -> di
 
 
 def oracle(*selectors: dict) -> dict:
-    return {"model": "m", "context_tokens": 2048, "selectors": list(selectors)}
+    return {"model": "m", "context_tokens": 2048, "device": "cpu", "selectors": list(selectors)}
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,10 @@ def test_decisions(name, p_attn, verdict, context, expected):
 def test_runs_over_the_same_steps_are_joined_and_others_are_not():
     from sgl_hq.launch.lab_decisions import joined
 
-    run = lambda name, steps: oracle(selector(name, "fail")) | {"steps": steps, "texts": ["code"]}  # noqa: E731
-    found = joined([run("quest:f=0.25:b=16", 16), run("quest:f=0.5:b=16", 16), run("quest:f=1:b=16", 8)])
-    assert [[s["selector"] for s in r["selectors"]] for r in found] == [["quest:f=0.25:b=16", "quest:f=0.5:b=16"], ["quest:f=1:b=16"]]
+    run = lambda name, steps, **more: oracle(selector(name, "fail")) | {"steps": steps, "texts": ["code"]} | more  # noqa: E731
+    quarter, half, all_of_it = "quest:f=0.25:b=16", "quest:f=0.5:b=16", "quest:f=1:b=16"
+    found = joined([run(quarter, 16), run(half, 16), run(all_of_it, 8), run(quarter, 16, gpu="H")])
+    assert [[s["selector"] for s in r["selectors"]] for r in found] == [[quarter, half], [all_of_it], [quarter]]
 
 
 def test_one_ceiling_that_reaches_the_threshold_is_enough():

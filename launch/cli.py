@@ -11,6 +11,7 @@ import typer
 from sgl_hq import __version__
 from sgl_hq.launch.cli_ab import ab
 from sgl_hq.launch.cli_bench import bench
+from sgl_hq.launch.cli_lab import lab
 from sgl_hq.page_format import DEFAULT_LOSSY
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(ab)
+app.add_typer(lab)
 
 
 def main() -> None:

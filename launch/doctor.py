@@ -37,6 +37,7 @@ PACKAGES = (
     "sgl_hq.gate",
     "sgl_hq.calibration",
     "sgl_hq.baselines",
+    "sgl_hq.lab",
     "sgl_hq.kernels",
     "sgl_hq.kernels.page_codec",
     "sgl_hq.kernels.grouped_attention",

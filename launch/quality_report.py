@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def write(docs: Path) -> None:
     models = _rows_by_model(docs / "results")
     plots = {model: f"frontier-{model}.svg" for model in models}
     for model, name in plots.items():
-        _plot(model, models[model], docs / name)
+        plot(model, models[model], docs / name, _PANELS)
     parts = {
         "frontier": "\n\n".join(f"![{model}: stored bits against four figures]({name})" for model, name in plots.items()),
         "tables": "\n\n".join(_table(model, rows) for model, rows in models.items()),
@@ -86,15 +86,16 @@ def _shown(row: Row, key: str, style: str) -> str:
     return f"**{row[key]:{style}}**" if broken else f"{row[key]:{style}}"
 
 
-def _plot(model: str, rows: list[Row], path: Path) -> None:
+def plot(model: str, rows: Sequence[Row], path: Path, panels: Sequence[tuple[str, str]]) -> None:
+    """Four figures against stored bits as an SVG file. panels: (key of a row, `log` or `linear`)."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "sgl_hq"  # the same rows give the same file
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axes, (key, scale) in zip(panels.flat, _PANELS, strict=True):
+    figure, grid = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axes, (key, scale) in zip(grid.flat, panels, strict=True):
         for kind, verdict, marker in _groups(rows):
             points = [r for r in rows if _kind(r) == kind and r["verdict"] == verdict and r[key] is not None]
             x, y = [r["stored_bits"] for r in points], [r[key] for r in points]
@@ -103,7 +104,7 @@ def _plot(model: str, rows: list[Row], path: Path) -> None:
             if bound.figure == key:
                 axes.axhline(bound.limit, linestyle=":", color="black", linewidth=1)
         axes.set(xlabel="stored bits per value", ylabel=key, yscale=scale)
-    panels.flat[0].legend(fontsize=7)
+    grid.flat[0].legend(fontsize=7)
     figure.suptitle(f"{model} (dotted: the gate's bound)")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -112,7 +113,7 @@ def _plot(model: str, rows: list[Row], path: Path) -> None:
 _COLOURS = {"calibrated": "tab:red", "served": "tab:blue", "reference": "tab:gray"}
 
 
-def _groups(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     for kind in _COLOURS:
         for verdict, marker in (("fail", "x"), ("pass", "o")):
             if any(_kind(row) == kind and row["verdict"] == verdict for row in rows):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sgl_hq.gate.attention_hook import attention_through, project_output
+from sgl_hq.gate.attention_hook import attention_through, median_over_layers, project_output, relative_error
 from sgl_hq.gate.errors import GateError
 
 _NAME = "sgl_hq_gate"
@@ -72,8 +72,7 @@ class AttentionProbe:
 
     def relative_l2(self) -> torch.Tensor:
         """`[S] float32`: median over the layers of |o' - o| / |o|, after the output projection; infinite for NaN."""
-        median = torch.stack(list(self._errors.values())).quantile(0.5, dim=0)
-        return median.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return median_over_layers(tuple(self._errors.values()))
 
     def _attend(self, module, query, key, value, attention_mask, **options):
         attended = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -93,6 +92,4 @@ class AttentionProbe:
             for side, suffix in ((key, dense.k_suffix), (value, dense.v_suffix))
         )
         local, _ = sdpa_attention_forward(module, dense.query, k, v, attention_mask, **options)
-        error = (project_output(module, local) - dense.projected).norm(dim=-1)
-        tiny = torch.finfo(error.dtype).tiny
-        self._errors[module.layer_idx] = error / dense.projected.norm(dim=-1).clamp_min(tiny)
+        self._errors[module.layer_idx] = relative_error(project_output(module, local), dense.projected)

@@ -36,7 +36,10 @@ RULES = (
         never_at_load=("triton",),
     ),
     Rule(
-        ("sgl_hq.gate", "sgl_hq.calibration", "sgl_hq.baselines", "sgl_hq.hq_cache", "sgl_hq.prefix_codec", "sgl_hq.layer_codecs"),
+        (
+            "sgl_hq.gate", "sgl_hq.calibration", "sgl_hq.baselines", "sgl_hq.lab", "sgl_hq.hq_cache", "sgl_hq.prefix_codec",
+            "sgl_hq.layer_codecs",
+        ),
         never=("sglang", "sgl_hq.launch", "sgl_hq.pool", "sgl_hq.patches", "sgl_hq.plugin"),
     ),
     Rule(("sgl_hq.cache",), never=("sgl_hq.attention",)),

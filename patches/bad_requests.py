@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from sgl_hq.config import from_env
+
 
 def check(manager, obj, input_ids):
     """BEFORE TokenizerManager._validate_one_request, which answers a ValueError with status 400.
 
     input_ids: of one request; None where embeddings are sent.
     """
+    if from_env() is None:
+        return  # this runs in the process of the HTTP server, where hooks are set before the options are read
     if input_ids is not None:
         size = manager.model_config.vocab_size
         if not len(input_ids):

@@ -112,7 +112,7 @@ LEDGER: tuple[Patch, ...] = (
     Patch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", "before", "sgl_hq.patches.bad_requests:check",
         ("self", "obj", "input_ids"), "token ids outside the vocabulary, empty prompts and fractions end the scheduler, and with it all requests",
-        "SGLang checks them",
+        "SGLang checks them", always=True,
     ),
     Patch(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", "sgl_hq.patches.scheduler:add_state", ("self", "recv_req"),

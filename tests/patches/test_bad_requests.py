@@ -6,6 +6,17 @@ import pytest
 
 from sgl_hq.patches.bad_requests import check
 
+
+@pytest.fixture(autouse=True)
+def served_by_us(monkeypatch):
+    monkeypatch.setenv("SGLANG_HQ_FORMAT", "bf16")
+
+
+def test_vanilla_is_left_as_it_is(monkeypatch):
+    monkeypatch.delenv("SGLANG_HQ_FORMAT")
+    check(MANAGER, _request(), [])
+
+
 MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
 
 

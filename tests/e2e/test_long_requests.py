@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sgl_hq.launch.server_process import ServerProcess
+from sgl_hq.page_format import PAGE_TOKENS
 
-# 2,560 tokens' bytes: about 500 dense tokens, and packed ones for about 2,600.
+# 2,560 tokens' bytes: 448 dense tokens, and packed pages for 2,304.
 ARGS = ["--hq-format", "lossless", "--hq-pack", "insert", "--hq-packed-fraction", "0.8", "--max-total-tokens", "2560", "--grammar-backend", "none"]
 ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
 TURN, TURNS, TAIL = 256, 7, 24
@@ -79,5 +80,6 @@ def test_what_can_never_be_placed_is_refused_and_the_next_is_served(server, toke
 
 
 def test_an_answer_is_cut_to_the_dense_tier(server, tokens):
-    made = _ask(server, tokens[:64], new_tokens=5000).json()["meta_info"]
-    assert 0.5 * _dense_tokens(server) < made["completion_tokens"] < _dense_tokens(server) and made["finish_reason"]["type"] == "length"
+    made = _ask(server, tokens[::-1][:300], new_tokens=5000).json()["meta_info"]
+    # Five pages of prompt, one that SGLang keeps back, and admission asks for less than all.
+    assert made["completion_tokens"] == _dense_tokens(server) - 6 * PAGE_TOKENS - 1 and made["finish_reason"]["type"] == "length"

@@ -108,7 +108,8 @@ def test_sglang_22819_a_prefix_of_exactly_one_page(server, texts, shared):
     for _ in range(3):
         for tail, expected in zip(tails, cold):
             assert _same(_ask(server, texts[3][:shared] + tail), expected)
-    assert _state(server)["packed"]["pages_used"] == shared // PAGE_TOKENS
+    # Where less than a page is shared, the first page of each prompt is its own, and used again when that is asked again.
+    assert _state(server)["packed"]["pages_used"] == (1 if shared >= PAGE_TOKENS else len(tails))
 
 
 async def _post(client: httpx.AsyncClient, body: dict) -> httpx.Response:

@@ -52,8 +52,10 @@ KNOWN = [
     (500, "Internal Server Error"),
     # The same in the OpenAI interface: a list in `rid` that holds lists, `echo` of a stream without the log-probabilities it needs.
     (500, "Internal server error: "),
+    # /v1/detokenize of token ids that no tokenizer takes.
+    (500, "Internal server error during detokenization"),
 ]
-EXAMPLES = 10
+EXAMPLES = 4
 PREFIX = [200 + i % 3000 for i in range(CONTEXT + 64)]
 
 few = settings(

@@ -202,13 +202,13 @@ def test_token_ids(server, before):
 
 
 def test_lengths_around_every_limit(server, before):
-    """One token, a page, the dense tier and the context, each with one token less and more: served whole or refused by the client's
+    """One token, a page, most of the dense tier, all of it and the context, with one token less and more: served whole or refused by the client's
     fault. Twice, so that what was cached of them is packed and read."""
     dense = state(server)["dense"]["tokens_total"]
     assert dense < CONTEXT, "no prompt of the context's length is longer than the dense tier"
     served = {}
     for _ in range(2):
-        for length in (1, 63, 64, 65, *range(dense - 2, dense + 2), CONTEXT - 1, CONTEXT, CONTEXT + 1):
+        for length in (1, 63, 64, 65, dense - 192, *range(dense - 2, dense + 2), CONTEXT - 1, CONTEXT, CONTEXT + 1):
             body = {"input_ids": PREFIX[:length], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
             answer = _post(server, "/generate", body)
             if answer.status_code == 200:

@@ -61,10 +61,10 @@ def test_an_address_that_cannot_be_watched_is_refused_in_one_sentence(serve, sta
     assert url in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", [f"http://127.0.0.1:{free_port()}", "no-such-host.invalid:30000", "http://["])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{free}", "no-such-host.invalid:30000", "http://["])
 def test_no_server_is_said(url):
     with pytest.raises(ScrapeError, match="no server answers at .*: start one with sgl-hq serve"):
-        scrape(url, float)
+        scrape(url.format(free=free_port()), float)
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/metrics"])

@@ -24,12 +24,15 @@ _IDS = 1000  # token ids used in turn, all of them words of any vocabulary
 
 
 def max_context_tokens(server: ServerProcess) -> int:
-    """Prompt tokens of the longest request that is answered, to within a page; with one more than stated it is refused (4xx).
+    """Prompt tokens of the longest request that is answered though nothing of it is cached, to within a page; with one more than stated it is refused (4xx).
 
     Raises BenchError where the server neither refuses a longer prompt nor answers one of `PAGES_TRIED` pages less than it states.
     Leaves the prompt in the cache.
     """
-    stated = int(server.server_info()["max_req_input_len"]) - 1  # the first length that it refuses, less one
+    info = server.server_info()
+    # The first length that it refuses, less one. With packed pages it takes longer requests, but only what of them is packed may be more
+    # than the dense tier, `max_total_num_tokens`.
+    stated = min(int(info["max_req_input_len"]), int(info["max_total_num_tokens"])) - 1
     status = ask(server, stated + 1)
     if status is None or not httpx.codes.is_client_error(status):
         raise BenchError(f"the server states that it takes at most {stated} tokens and answers one more with status {status}")

@@ -15,7 +15,8 @@ STATED = 4025
 
 
 def server(**changed):
-    facts = {"server_info": lambda: {"max_req_input_len": STATED + 1}, "flush_cache": lambda: None, "log_text": lambda: ""}
+    info = {"max_req_input_len": STATED + 1, "max_total_num_tokens": 2 * STATED}
+    facts = {"server_info": lambda: info, "flush_cache": lambda: None, "log_text": lambda: ""}
     return SimpleNamespace(**facts | changed)
 
 
@@ -29,6 +30,12 @@ def test_the_longest_that_is_answered_below_the_first_that_is_refused(monkeypatc
 
     monkeypatch.setattr(capacity, "ask", fake)
     assert max_context_tokens(server()) == found and asked[:2] == [STATED + 1, STATED]
+
+
+def test_of_two_tiers_the_dense_one_bounds_what_is_not_cached(monkeypatch):
+    monkeypatch.setattr(capacity, "ask", lambda _, tokens: 200 if tokens <= STATED else 400)
+    info = {"max_req_input_len": 3 * STATED, "max_total_num_tokens": STATED + 1}
+    assert max_context_tokens(server(server_info=lambda: info)) == STATED
 
 
 @pytest.mark.parametrize("statuses, message", [({True: 200}, "answers one more with status 200"), ({True: 400, False: None}, "does not answer")])

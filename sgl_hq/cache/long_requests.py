@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+from sglang.srt.utils import ceil_align
 
 from sgl_hq.page_format import PAGE_TOKENS
 
@@ -28,7 +29,7 @@ def hold_to_dense_tier(tree: PackingRadixCache, dense_tokens: int, request: Req)
     """
     room = dense_tokens // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS  # need + answer must stay below, as in PrefillAdder.add_one_req
     answer = max(0, request.sampling_params.max_new_tokens - len(request.output_ids))
-    if _whole_pages(len(request.full_untruncated_fill_ids)) + answer < room:
+    if ceil_align(len(request.full_untruncated_fill_ids), PAGE_TOKENS) + answer < room:
         return
     need = _dense_need(tree, request)
     if need + min(answer, CLIP_MAX_NEW_TOKENS) >= room and tree.pack_path(request.last_node):
@@ -47,8 +48,4 @@ def hold_to_dense_tier(tree: PackingRadixCache, dense_tokens: int, request: Req)
 
 def _dense_need(tree: PackingRadixCache, request: Req) -> int:
     """Dense tokens that the request occupies when its prefill ends, in whole pages."""
-    return _whole_pages(len(request.full_untruncated_fill_ids) - tree.packed_run(request.last_node).tokens)
-
-
-def _whole_pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
+    return ceil_align(len(request.full_untruncated_fill_ids) - tree.packed_run(request.last_node).tokens, PAGE_TOKENS)

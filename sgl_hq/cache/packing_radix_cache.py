@@ -98,14 +98,9 @@ class PackingRadixCache(DemotingEviction):
         """Note `request_id` on the path to `node` and pack, from the root down, what the policy wants packed."""
         if self._packed is None:
             return
-        path = self._path(node)
-        for n in path:
+        for n in self._path(node):
             self._users_of[n.id] = pack_policy.add_user(self._users_of.get(n.id, ()), request_id)
-        for n in path:
-            if n.id in self._pages_of:
-                continue
-            if not (pack_policy.wants_pack(self._pack_when, self._users_of[n.id]) and self.pack(n)):
-                break
+        self.pack_path(node, lambda n: pack_policy.wants_pack(self._pack_when, self._users_of[n.id]))
 
     # ---- packing -------------------------------------------------------------------------------------------------
 
@@ -125,13 +120,13 @@ class PackingRadixCache(DemotingEviction):
             return False
         return self._pack_into(room, node)
 
-    def pack_path(self, node: TreeNode) -> bool:
-        """Pack the dense part of the path to `node` from the top, whatever the policy, as far as there is room; whether any was packed."""
+    def pack_path(self, node: TreeNode, wanted: Callable[[TreeNode], bool] = lambda n: True) -> bool:
+        """Pack the dense part of the path to `node` from the top, down to the first that is not `wanted` or has no room; whether any was packed."""
         packed = False
         for n in self._path(node):
             if n.id in self._pages_of:
                 continue
-            if not self.pack(n):
+            if not (wanted(n) and self.pack(n)):
                 break
             packed = True
         return packed

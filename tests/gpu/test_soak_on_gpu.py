@@ -11,8 +11,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+import pynvml
 import pytest
-import torch
 from soak import Load, books, probe, storm
 from soak_report import MIB, problems, summary
 
@@ -35,15 +36,20 @@ HOST_GROWTH = 96 * MIB
 DEVICE_GROWTH = 256 * MIB
 
 
-def _device_bytes() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+def _device_bytes(server: ServerProcess) -> int:
+    """GPU memory of this server's processes alone: others run beside it."""
+    main = psutil.Process(server._process.pid)
+    own = {process.pid for process in (main, *main.children(recursive=True))}
+    taken = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0)) if p.pid in own]
+    assert taken and all(taken), f"NVML names no memory of this server: {taken}"
+    return sum(taken)
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """By format."""
     folder = tmp_path_factory.mktemp("qwen-7b-shape")
+    pynvml.nvmlInit()
     (folder / "config.json").write_text(json.dumps(QWEN_7B))
     started = {}
     for fmt in FORMATS:
@@ -61,7 +67,7 @@ def servers(tmp_path_factory):
 def _soak(server: ServerProcess, fmt: str) -> list[str]:
     try:
         before = probe(server)
-        report = storm(server, LOAD, SECONDS, device_bytes=_device_bytes)
+        report = storm(server, LOAD, SECONDS, device_bytes=lambda: _device_bytes(server))
         print(f"{fmt}: {summary(report)}")
         found = problems(report, HOST_GROWTH, DEVICE_GROWTH) + books(server)
         if probe(server) != before:

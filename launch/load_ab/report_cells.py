@@ -14,7 +14,7 @@ from sgl_hq.launch.load_ab.result_view import Case, ResultView, Row
 MISSING = "-"
 LEGEND = (
     "Cells: mean over the repeats, for p50, p90 and p99 the quantile of the requests of all repeats; its ratio to {reference}, without "
-    "judgement; 95 % bootstrap interval (none with one repeat, or where all show the same)."
+    "judgement; 95 % bootstrap interval, for the task score over the questions (none with one repeat, or where all show the same)."
 )
 
 

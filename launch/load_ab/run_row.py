@@ -72,7 +72,7 @@ def run_row(
     return _head(arm.arm, requests, drive, failure) | {
         "load": _load(requests, drive) | {"output_tokens": sum(r["output_tokens"] for r in done), "duration_s": duration_s(done)},
         "figures": figure_rows(amounts),
-        "per_request": lists,
+        "per_request": lists | {"right": list(scores or ())},
         "series": series.as_row(),
     }
 
@@ -82,7 +82,7 @@ def failed_row(arm: str, requests: dict[str, Any], drive: Drive, failure: str) -
     return _head(arm, requests, drive, failure) | {
         "load": _load(requests, drive) | {"output_tokens": None, "duration_s": None},
         "figures": {},
-        "per_request": {name: [] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "cached_tokens")},
+        "per_request": {name: [] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "cached_tokens", "right")},
         "series": {name: [] for name in ("t_s", "kv_bytes_used", "running", "queued")},
     }
 

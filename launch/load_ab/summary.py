@@ -1,6 +1,6 @@
 """Run rows -> one summary row for each arm, workload and phase: means over repeats with intervals.
 
-Percentiles of latency are taken over the requests of all repeats together. An arm of which one repeat failed has no summary
+Percentiles of latency are taken over the requests of all repeats together, the task score over the questions. An arm of which one repeat failed has no summary
 figures (`refusals.py` says why).
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from sgl_hq.launch.load_ab.bootstrap import Estimate, mean, percentiles
 from sgl_hq.launch.load_ab.refusals import check_comparable
@@ -20,7 +22,8 @@ _PERCENTILE = re.compile(r"(\w+_ms)_p(\d+)")
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """Summary rows in the order of the run rows; raises Incomparable for rows that may not stand beside each other.
 
-    A figure: mean, low, high (95 %; None with one value), n (repeats; for percentiles requests), unit, card, quantity.
+    A figure: mean, low, high (95 %; None with one value), n (repeats; for percentiles requests, for the score questions), unit,
+    card, quantity.
     """
     check_comparable(rows)
     groups: dict[tuple[str, str, str], list[Row]] = {}
@@ -45,7 +48,7 @@ def _summary(group: Sequence[Row]) -> Row:
 
 
 def _figures(group: Sequence[Row]) -> dict[str, Row]:
-    pooled = _pooled_percentiles(group)
+    pooled = _pooled_percentiles(group) | _pooled_score(group)
     return {
         name: _estimate_row(pooled.get(name) or _over_repeats(group, name))
         | {key: figure[key] for key in ("unit", "card", "quantity")}
@@ -71,6 +74,12 @@ def _pooled_percentiles(group: Sequence[Row]) -> dict[str, Estimate]:
         if times:
             found |= {f"{metric}_p{q}": estimate for q, estimate in zip(qs, percentiles(times, qs))}
     return found
+
+
+def _pooled_score(group: Sequence[Row]) -> dict[str, Estimate]:
+    """The score's interval is that of the questions asked, each the mean of its repeats: other questions would give another score."""
+    right = [row["per_request"]["right"] for row in group]
+    return {"task_score": mean(np.mean(right, axis=0))} if all(right) else {}
 
 
 def _estimate_row(estimate: Estimate | None) -> Row:

@@ -149,7 +149,7 @@ def _run(rng: np.random.Generator, arm: str, workload: str, phase: str, repeat: 
         for name, (unit, card, quantity) in _FIGURES.items()
     }  # fmt: skip
     per_request = {"ttft_ms": ttft.tolist(), "tpot_ms": tpot.tolist(), "e2e_ms": e2e.tolist()}
-    per_request |= {"prompt_tokens": [prompt] * REQUESTS, "cached_tokens": [int(hit * prompt)] * REQUESTS}
+    per_request |= {"prompt_tokens": [prompt] * REQUESTS, "cached_tokens": [int(hit * prompt)] * REQUESTS, "right": []}
     series = {"t_s": time.tolist(), "kv_bytes_used": used.tolist(), "running": [64] * 48, "queued": [0] * 48}
     return row | {"load": load | {"duration_s": duration}, "figures": figures, "per_request": per_request, "series": series}
 

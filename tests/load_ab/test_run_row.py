@@ -41,6 +41,7 @@ def test_every_figure_of_a_row():
         "ideal_cached_tokens": 1600, "stops": False, "duration_s": pytest.approx(1.1),
     }  # fmt: skip
     assert row["per_request"]["ttft_ms"] == [100, 200, 300, 400] and row["per_request"]["cached_tokens"] == [320] * 4
+    assert row["per_request"]["right"] == [1, 0, 1, 1]
     assert {key: row[key] for key in ("arm", "workload", "kind", "phase", "repeat", "seed", "requests_sha256", "failure")} == {
         "arm": "vanilla", "workload": "shared-2.6", "kind": "shared", "phase": "warm", "repeat": 2, "seed": 7,
         "requests_sha256": "ab12", "failure": None,

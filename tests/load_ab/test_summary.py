@@ -52,6 +52,24 @@ def test_percentiles_are_of_all_requests_together():
         assert figure["low"] <= figure["mean"] <= figure["high"]
 
 
+def test_the_scores_interval_is_that_of_the_questions():
+    """One repeat of 400 questions, 200 right: the interval of a share, 1.96 sqrt(0.25 / 400) to each side."""
+    made = rows(repeats=1)
+    for row in made:
+        row["per_request"]["right"] = [0, 1] * 200
+        row["figures"]["task_score"]["value"] = 0.5
+    score = summarize(made)[0]["figures"]["task_score"]
+    assert (score["mean"], score["n"]) == (0.5, 400)
+    assert (score["low"], score["high"]) == pytest.approx((0.451, 0.549), abs=0.01), "0.01: two standard deviations of 2,000 resamples' ends"
+
+
+def test_the_same_questions_asked_again_do_not_narrow_the_scores_interval():
+    once, twice = rows(repeats=1), rows(repeats=2)
+    for row in (*once, *twice):
+        row["per_request"]["right"], row["figures"]["task_score"]["value"] = [0, 1] * 50, 0.5
+    assert summarize(once)[0]["figures"]["task_score"] == summarize(twice)[0]["figures"]["task_score"]
+
+
 def test_what_was_not_measured_stays_empty():
     summary = summarize(rows())[0]["figures"]["task_score"]
     assert (summary["mean"], summary["low"], summary["high"], summary["n"]) == (None, None, None, 0)

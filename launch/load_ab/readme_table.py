@@ -1,7 +1,8 @@
-"""README's tables from committed results: `python -m sgl_hq.launch.load_ab.readme_table README.md docs/results [--check]`.
+"""Tables from committed results: `python -m sgl_hq.launch.load_ab.readme_table README.md docs [--check]`.
 
-Reads docs/results/ab-*.json and replaces what stands between <!-- ab-table --> and <!-- /ab-table -->; with --check it writes
-nothing and ends with 1 where README differs from its rows. Every row stays: those that lose and those that failed.
+Reads docs/results/ab-*.json. Replaces what stands between <!-- ab-table --> and <!-- /ab-table --> in README by its most asked columns,
+and writes docs/ab.md with all of them; with --check it writes nothing and ends with 1 where either differs from its rows. Every row
+stays in both: those that lose and those that failed.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_hq.launch.load_ab.report_cells import CACHE, LATENCY, LEGEND, MEMORY, Card, Column, budget_line, cell
+from sgl_hq.launch.load_ab.report_cells import CARDS, LEGEND, Column, budget_line, cell
 from sgl_hq.launch.load_ab.report_losses import loss_sentences
 from sgl_hq.launch.load_ab.result_view import Case, ReportError, ResultView
 
 BEGIN, END = "<!-- ab-table -->", "<!-- /ab-table -->"
-# The scorecards' columns that README has room for; reuse factor and p are in every memory row.
-_SHOWN = {
-    MEMORY: (
-        "reuse_factor", "packed_fraction", "kv_bytes_allocated", "kv_bytes_used_peak", "host_kv_bytes", "resident_tokens_peak",
-        "bytes_per_resident_token", "modelled_gain", "measured_gain", "max_context_tokens",
-    ),
-    LATENCY: ("requests_s", "output_tok_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99"),
-    CACHE: ("hit_rate", "ideal_hit_rate", "evicted_tokens", "recomputed_tokens", "retractions", "task_score", "requests_failed"),
-}  # fmt: skip
+PAGE = "ab.md"
+# README's columns; reuse factor and p are in every memory row.
+_ASKED_MOST = frozenset({
+    "reuse_factor", "packed_fraction", "kv_bytes_used_peak", "host_kv_bytes", "resident_tokens_peak", "bytes_per_resident_token",
+    "requests_s", "output_tok_s", "ttft_ms_p50", "tpot_ms_p50", "hit_rate", "recomputed_tokens", "task_score",
+})  # fmt: skip
+
+_CELLS = "In brackets: ratio to {reference}. Every column, what was allocated and how, and where our arms lose: [docs/ab.md](docs/ab.md)."
 
 
 def readme_table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each result its facts, a table for each scorecard, what failed, and where our arms lose."""
-    return "\n\n".join(_one_result(ResultView(result)) for result in results)
+    """Markdown: for each result its command and the columns asked for most."""
+    return "\n\n".join(_short(ResultView(result)) for result in results)
+
+
+def full_page(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: for each result its facts, every column of the three scorecards, what failed, and where our arms lose."""
+    head = "# The load A/B, every figure\n\nMade by `python -m sgl_hq.launch.load_ab.readme_table README.md docs` from `docs/results/ab-*.json`."
+    return "\n\n".join([head, *(_whole(ResultView(result)) for result in results)]) + "\n"
 
 
 def update_readme(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -59,23 +65,37 @@ def _with_table(path: Path, results: Sequence[dict[str, Any]]) -> str:
     return f"{before}{BEGIN}\n{readme_table(results)}\n{END}{after}"
 
 
-def _one_result(view: ResultView) -> str:
+def _short(view: ResultView) -> str:
+    budget = f"Equal KV bytes: {view.result['equal_bytes']['budget_bytes'] / 1e6:,.1f} MB an arm."
+    parts = [_origin(view), f"{budget} {_CELLS.format(reference=view.arms[0])}"]
+    parts += [f"**{card.name}**\n\n{_table(view, [c for c in card.columns if c.figure in _ASKED_MOST])}" for card in CARDS]
+    return "\n\n".join([*parts, _list(_failures(view))]).rstrip()
+
+
+def _whole(view: ResultView) -> str:
+    about = f"{budget_line(view)} {LEGEND.format(reference=view.arms[0])}"
+    parts = [f"## {', '.join(view.workloads)}", html.escape(view.result["plan"]["about"], quote=False), _origin(view)]
+    parts += [html.escape(about, quote=False)] + [f"### {card.name}\n\n{_table(view, card.columns)}" for card in CARDS]
+    return "\n\n".join([*parts, _list(_failures(view) + loss_sentences(view))])
+
+
+def _failures(view: ResultView) -> list[str]:
+    return [f"Failed: {arm}, {where}: {sentence}" for arm, where, sentence in view.failures]
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {html.escape(sentence, quote=False)}" for sentence in sentences)
+
+
+def _origin(view: ResultView) -> str:
     facts, plan = view.result["facts"], view.result["plan"]
     machine = facts["machine"].get("gpu") or facts["machine"]["cpu"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
     where = f"model {Path(plan['model']).name}, {machine}, commit {str(facts['commit'])[:12]}, {versions}, {facts['date'][:10]}"
-    parts = [
-        f"`{facts['command']}` ({where}).",
-        html.escape(f"{budget_line(view)} {LEGEND.format(reference=view.arms[0])}", quote=False),
-    ]
-    parts += [f"**{card.name}**\n\n{_table(view, card)}" for card in _SHOWN]
-    sentences = [f"Failed: {arm}, {where}: {sentence}" for arm, where, sentence in view.failures] + loss_sentences(view)
-    parts.append("\n".join(f"- {html.escape(sentence, quote=False)}" for sentence in sentences))
-    return "\n\n".join(parts)
+    return f"`{facts['command']}` ({where})."
 
 
-def _table(view: ResultView, card: Card) -> str:
-    columns = [column for column in card.columns if column.figure in _SHOWN[card]]
+def _table(view: ResultView, columns: Sequence[Column]) -> str:
     head = ["workload, phase", "arm", *(column.heading for column in columns)]
     lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * len(columns) + "|"]
     return "\n".join(lines + [_line(view, case, arm, columns) for case in view.cases for arm in view.arms])
@@ -88,16 +108,18 @@ def _line(view: ResultView, case: Case, arm: str, columns: Sequence[Column]) -> 
     return f"| {', '.join(case)} | {name} | {' | '.join(texts)} |"
 
 
-def _main(readme: str, results: str, *options: str) -> int:
+def _main(readme: str, docs: str, *options: str) -> int:
     if options not in ((), ("--check",)):
         raise ReportError(f"{' '.join(options)} is not an option here: leave it out, or give --check")
-    path, rows = Path(readme), committed_results(Path(results))
+    path, page, rows = Path(readme), Path(docs) / PAGE, committed_results(Path(docs) / "results")
     if not options:
         update_readme(path, rows)
-    elif not is_current(path, rows):
-        print(f"{readme} differs from its rows: run this command again without --check", file=sys.stderr)
-        return 1
-    return 0
+        page.write_text(full_page(rows), encoding="utf-8")
+        return 0
+    current = {path: is_current(path, rows), page: page.is_file() and page.read_text(encoding="utf-8") == full_page(rows)}
+    for differing in (each for each, same in current.items() if not same):
+        print(f"{differing} differs from its rows: run this command again without --check", file=sys.stderr)
+    return int(not all(current.values()))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def result_example() -> dict[str, Any]:
             "date": "2026-09-01T12:00:00+00:00",
         },
         "plan": {
+            "about": "An example.",
             "model": "qwen2.5-7b-dummy", "kv_tokens": BUDGET_TOKENS, "concurrency": 64, "seed": 0, "repeats": REPEATS,
             "arms": [{"name": arm, "format": arm if arm.startswith(("lossless", "hq")) else None} for arm in ARMS],
             "workloads": [{"name": name, **spec} for name, spec in WORKLOADS.items()],

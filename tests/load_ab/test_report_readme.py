@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from load_ab.result_example import ARMS, result_example
-from sgl_hq.launch.load_ab.readme_table import BEGIN, END, _main, committed_results, is_current, readme_table, update_readme
+from load_ab.result_example import ARMS, BUDGET, result_example
+from sgl_hq.launch.load_ab.readme_table import BEGIN, END, _main, committed_results, full_page, is_current, readme_table, update_readme
 from sgl_hq.launch.load_ab.result_view import ReportError
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,9 @@ def rendered_tables(text):
     ]
 
 
-def test_three_tables_with_a_row_for_every_arm_and_case(result):
-    tables = rendered_tables(readme_table([result]))
+@pytest.mark.parametrize("text_of", [readme_table, full_page])
+def test_three_tables_with_a_row_for_every_arm_and_case(result, text_of):
+    tables = rendered_tables(text_of([result]))
     assert len(tables) == 3
     for table in tables:
         assert len(table) == 1 + len(ARMS) * 6
@@ -46,8 +47,9 @@ def test_three_tables_with_a_row_for_every_arm_and_case(result):
         assert [row[1] for row in table[1:7]] == ["hicache (failed)" if arm == "hicache" else arm for arm in ARMS]
 
 
-def test_memory_and_latency_do_not_share_a_table_and_memory_rows_have_reuse_factor_and_p(result):
-    memory, latency, _ = (table[0] for table in rendered_tables(readme_table([result])))
+@pytest.mark.parametrize("text_of", [readme_table, full_page])
+def test_memory_and_latency_do_not_share_a_table_and_memory_rows_have_reuse_factor_and_p(result, text_of):
+    memory, latency, _ = (table[0] for table in rendered_tables(text_of([result])))
     assert memory[2:4] == ["reuse factor", "packed fraction p"]
     assert not any("TTFT" in heading or "/s" in heading for heading in memory)
     assert not any("KV" in heading or "bytes" in heading for heading in latency)
@@ -60,15 +62,18 @@ def test_missing_figure_is_a_dash(result):
 
 
 def test_failures_losses_budget_and_facts_are_told(result):
-    text = readme_table([result])
-    assert "- Failed: hicache, everywhere: the server ended" in text and "&lt;host pool &amp; device pool&gt;" in text
-    assert "- lossless is worse than the best other arm in" in text and "hicache 34,359.7 MB" in text
-    assert "`sgl-hq ab pressure-h200" in text and "NVIDIA H200" in text and "0123456789ab" in text
+    short, full = readme_table([result]), full_page([result])
+    for text in (short, full):
+        assert "- Failed: hicache, everywhere: the server ended" in text and "&lt;host pool &amp; device pool&gt;" in text
+        assert "`sgl-hq ab pressure-h200" in text and "NVIDIA H200" in text and "0123456789ab" in text
+        assert f"{BUDGET / 1e6:,.1f} MB an arm" in text
+    assert "- lossless is worse than the best other arm in" in full and "hicache 34,359.7 MB" in full
 
 
 def test_no_folder_of_this_machine_is_published(result):
     result["plan"]["model"] = str(Path.home() / "models" / "qwen")
-    assert "model qwen," in readme_table([result]) and str(Path.home()) not in readme_table([result])
+    for text in (readme_table([result]), full_page([result])):
+        assert "model qwen," in text and str(Path.home()) not in text
 
 
 def test_update_replaces_what_stands_between_the_marks_and_check_sees_every_change(readme, result):
@@ -81,10 +86,14 @@ def test_update_replaces_what_stands_between_the_marks_and_check_sees_every_chan
 
 
 def test_command(readme, result, tmp_path, capsys):
-    (tmp_path / "ab-test.json").write_text(json.dumps(result))
-    (tmp_path / "kernels.json").write_text("[]")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "ab-test.json").write_text(json.dumps(result))
+    (tmp_path / "results" / "kernels.json").write_text("[]")
     assert _main(str(readme), str(tmp_path), "--check") == 1 and "differs from its rows" in capsys.readouterr().err
     assert _main(str(readme), str(tmp_path)) == 0 and _main(str(readme), str(tmp_path), "--check") == 0
+    assert (tmp_path / "ab.md").read_text() == full_page([result])
+    (tmp_path / "ab.md").write_text("by hand")
+    assert _main(str(readme), str(tmp_path), "--check") == 1 and "ab.md differs from its rows" in capsys.readouterr().err
     with pytest.raises(ReportError, match="--chekc is not an option"):
         _main(str(readme), str(tmp_path), "--chekc")
 
@@ -103,7 +112,4 @@ def test_no_results_are_refused(readme, tmp_path):
 
 
 def test_this_readme_equals_its_rows():
-    results = committed_results(ROOT / "docs" / "results")
-    if not results and BEGIN not in (ROOT / "README.md").read_text():
-        pytest.skip("no docs/results/ab-*.json is committed yet, and README has no place for its tables")
-    assert is_current(ROOT / "README.md", results)
+    assert _main(str(ROOT / "README.md"), str(ROOT / "docs"), "--check") == 0

@@ -9,21 +9,16 @@ Tests with one scenario each drive the same machine by hand.
 
 from __future__ import annotations
 
-import os
 import zlib
 from array import array
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from two_tier_parts import ROWS, P, build
 
-from sgl_hq.config import HQConfig
-from sgl_hq.page_format import PAGE_TOKENS as P
-
-ROWS, DENSE_PAGES, MAX_TOKENS = 8, 24, 12 * P
-HEADS, DIM = 1, 8
+DENSE_PAGES, MAX_TOKENS = 24, 12 * P
 SINKS = "sink4-K8V8"  # a format whose sequences need sink slots as well
 
 
@@ -59,27 +54,9 @@ class TwoTierMachine(RuleBasedStateMachine):
         fmt=st.sampled_from(["bf16", SINKS]),
     )
     def start(self, pack, packed_fraction, fmt="bf16"):
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-
         from sgl_hq.audit.audit import Audit
-        from sgl_hq.cache.packing_radix_cache import PackingRadixCache
-        from sgl_hq.platform_cpu.allocator import CPUPagedAllocator
-        from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 
-        with patch.dict(os.environ, HQConfig(fmt, pack, packed_fraction).to_env()):
-            self.pool = HQTokenToKVPool(
-                DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=1, device="cpu",
-                enable_memory_saver=False,
-            )
-        self.allocator = CPUPagedAllocator(
-            DENSE_PAGES * P, page_size=P, dtype=torch.bfloat16, device="cpu", kvcache=self.pool, need_sort=False
-        )
-        self.rows = ReqToTokenPool(ROWS, MAX_TOKENS + P, "cpu", False)
-        self.tree = PackingRadixCache(
-            CacheInitParams(disable=False, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator, page_size=P),
-            self.pool, pack,
-        )
+        self.pool, self.allocator, self.rows, self.tree = build(fmt, pack, DENSE_PAGES, packed_fraction, layers=1)
         self.audit = Audit(self.tree, self.allocator, self.rows.req_to_token, every=1, raises=True)
         self.live: list[Request] = []
         self.serial = 0

@@ -13,11 +13,13 @@ from sgl_hq.config import HQConfig
 from sgl_hq.page_format import PAGE_TOKENS as P
 
 LAYERS, HEADS, DIM = 2, 1, 8
+ROWS = 8  # requests at a time
 
 
 class Parts(NamedTuple):
     pool: object  # HQTokenToKVPool
     allocator: object  # CPUPagedAllocator
+    rows: object  # ReqToTokenPool
     tree: object  # PackingRadixCache
 
     def write(self, tokens: list[int]) -> torch.Tensor:
@@ -37,14 +39,16 @@ class Parts(NamedTuple):
             else:
                 number = int(page[0] - self.pool.packed_base) // P
                 kv = []
-                for layer in range(LAYERS):
+                for layer in range(len(self.pool.k_buffer)):
                     k, v = self.pool.packed.read(layer, torch.tensor([number]), number)  # views that the next read overwrites
                     kv.append(torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1))
             pages.append(torch.stack(kv, 1))
-        return torch.cat(pages) if pages else torch.empty(0, LAYERS, 2, HEADS, DIM, dtype=torch.bfloat16)
+        return torch.cat(pages) if pages else torch.empty(0, len(self.pool.k_buffer), 2, HEADS, DIM, dtype=torch.bfloat16)
 
 
-def build(fmt: str = "bf16", pack: str = "shared", pages: int = 24, packed_fraction: float = 0.5, **params) -> Parts:
+def build(
+    fmt: str = "bf16", pack: str = "shared", pages: int = 24, packed_fraction: float = 0.5, layers: int = LAYERS, **params
+) -> Parts:
     """pages: of the dense tier; params: further fields of SGLang's CacheInitParams."""
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -55,13 +59,13 @@ def build(fmt: str = "bf16", pack: str = "shared", pages: int = 24, packed_fract
 
     with patch.dict(os.environ, HQConfig(fmt, pack, packed_fraction).to_env()):
         pool = HQTokenToKVPool(
-            pages * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=LAYERS, device="cpu",
+            pages * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=layers, device="cpu",
             enable_memory_saver=False,
         )  # fmt: skip
     allocator = CPUPagedAllocator(pages * P, page_size=P, dtype=torch.bfloat16, device="cpu", kvcache=pool, need_sort=False)
-    rows = ReqToTokenPool(4, pages * P, "cpu", False)
+    rows = ReqToTokenPool(ROWS, pages * P, "cpu", False)
     given = {"disable": False, "req_to_token_pool": rows, "token_to_kv_pool_allocator": allocator, "page_size": P} | params
-    return Parts(pool, allocator, PackingRadixCache(CacheInitParams(**given), pool, pack))
+    return Parts(pool, allocator, rows, PackingRadixCache(CacheInitParams(**given), pool, pack))
 
 
 def radix_key(tokens: list[int], extra_key: str | None = None):

@@ -13,16 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
+from strict_server import STRICT_CHECKS
 
 from sgl_hq.launch.server_process import ServerProcess
 
-ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
 ARGS = ["--hq-format", "int8", "--hq-allow-ungated", "--max-total-tokens", "8192", "--chunked-prefill-size", "128", "--grammar-backend", "none"]
 PREFIX = [1000 + (7 * i) % 5000 for i in range(256)]
 
 
 def _server(model, port=None) -> ServerProcess:
-    return ServerProcess(str(model), ARGS, env=ENVIRONMENT, port=port, start_timeout_s=780)
+    return ServerProcess(str(model), ARGS, env=STRICT_CHECKS, port=port, start_timeout_s=780)
 
 
 def _body(tokens: list[int], new_tokens: int, rid: str | None = None, stream: bool = False) -> dict:

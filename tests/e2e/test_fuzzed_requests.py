@@ -20,14 +20,14 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from soak import books, idle_state, probe, state
+from strict_server import STRICT_CHECKS
 
 import sgl_hq
 from sgl_hq.launch.server_process import ServerProcess
 
 CONTEXT, BUDGET = 2048, 3840  # 28 of the budget's 60 pages are dense: less than a context
 MOST_NEW_TOKENS = 16  # a body without a limit would else be answered for minutes, up to the context
-ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1",
-               "SGLANG_MAX_NEW_TOKENS_LIMIT": str(MOST_NEW_TOKENS)}  # fmt: skip
+ENVIRONMENT = STRICT_CHECKS | {"SGLANG_MAX_NEW_TOKENS_LIMIT": str(MOST_NEW_TOKENS)}
 ARGS = ["--hq-format", "hq7", "--max-total-tokens", str(BUDGET), "--hq-packed-fraction", "0.5", "--context-length", str(CONTEXT),
         "--chunked-prefill-size", "512", "--grammar-backend", "none", "--random-seed", "0"]  # fmt: skip
 GENERATING = {

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 from soak import books, idle_state, state
+from strict_server import STRICT_CHECKS
 
 from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.page_format import PAGE_TOKENS
@@ -22,8 +23,7 @@ PREFIX = [300 + 7 * i % 2000 for i in range(PAGES * PAGE_TOKENS)]
 
 @pytest.fixture(scope="module")
 def server(model):
-    environment = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
-    server = ServerProcess(str(model), ARGS, env=environment, start_timeout_s=900, stop_grace_s=0)
+    server = ServerProcess(str(model), ARGS, env=STRICT_CHECKS, start_timeout_s=900, stop_grace_s=0)
     server.argv[1:3] = [checked_server.__file__]
     with server:
         yield server

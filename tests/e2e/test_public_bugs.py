@@ -13,28 +13,22 @@ import random
 
 import httpx
 import numpy as np
+import prompt_tail
 import pytest
+from prompt_tail import SAME, TAIL_TOKENS
+from strict_server import strict_server
 
-from sgl_hq.launch.server_process import ServerProcess
 from sgl_hq.page_format import PAGE_TOKENS
 
-ENVIRONMENT = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1", "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "3",
-}  # fmt: skip
+RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
 ARGS = ["--hq-format", "int8", "--hq-allow-ungated", "--max-total-tokens", "2560", "--chunked-prefill-size", "128", "--grammar-backend", "none"]
-TAIL_TOKENS = 24
-# Mean |difference| of log-probabilities: int8 and other batches stay near 0.02, a foreign prefix is beyond 1.
-SAME = 0.15
 TOPICS = ("assignment", "class", "try", "import", "function", "with", "for", "operator-summary")
 
 
 @pytest.fixture(scope="module")
 def server(model):
-    with ServerProcess(str(model), ARGS, env=ENVIRONMENT, stop_grace_s=0, start_timeout_s=780) as server:
+    with strict_server(model, ARGS, RETRACTION) as server:
         yield server
-        log = server.log_text()
-        assert "leak" not in log.lower() and "Traceback" not in log, log[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +40,12 @@ def texts(model) -> list[list[int]]:
     return [tokenizer(pydoc_data.topics.topics[name])["input_ids"] for name in TOPICS]
 
 
-def _body(tokens: list[int], new_tokens: int = 1, rid: str | None = None) -> dict:
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return {"input_ids": tokens, "return_logprob": True, "logprob_start_len": len(tokens) - TAIL_TOKENS, "sampling_params": sampling, "rid": rid}
-
-
-def _tail(answer: httpx.Response) -> np.ndarray:
-    """Log-probabilities of the last tokens of the prompt."""
-    answer.raise_for_status()
-    return np.array([entry[0] for entry in answer.json()["meta_info"]["input_token_logprobs"][1:]])
-
-
 def _ask(server, tokens: list[int]) -> np.ndarray:
-    return _tail(httpx.post(server.url + "/generate", json=_body(tokens), timeout=600))
+    return prompt_tail.logprobs(prompt_tail.send(server, tokens))
 
 
 def _same(got: np.ndarray, cold: np.ndarray) -> bool:
-    assert len(got) == len(cold) == TAIL_TOKENS - 1
-    return float(np.abs(got - cold).mean()) < SAME
+    return prompt_tail.distance(got, cold) < SAME
 
 
 def _state(server) -> dict:
@@ -75,7 +57,7 @@ def test_the_measure_tells_a_foreign_prefix_from_the_own_one(server, texts):
     server.flush_cache()
     tail = texts[0][256 : 256 + TAIL_TOKENS]
     own, foreign = _ask(server, texts[0][:256] + tail), _ask(server, texts[1][:256] + tail)
-    assert np.abs(own - foreign).mean() > 4 * SAME
+    assert prompt_tail.distance(own, foreign) > 4 * SAME
 
 
 def test_vllm_50702_quantised_pages_in_a_full_pool(server, texts):
@@ -135,16 +117,16 @@ def test_sglang_23392_cancel_and_retry_beside_unrelated_requests(server, texts):
         answers = []
         async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
             for round_ in range(4):
-                reading = [asyncio.create_task(_post(client, _body(tokens, new_tokens=6))) for tokens in victims]
+                reading = [asyncio.create_task(_post(client, prompt_tail.body(tokens, new_tokens=6))) for tokens in victims]
                 for after_s in (0.015, 0.019, 0.15):
-                    request = _body(shared + texts[5][round_ * 30 : round_ * 30 + 60], new_tokens=4)
+                    request = prompt_tail.body(shared + texts[5][round_ * 30 : round_ * 30 + 60], new_tokens=4)
                     await _abandon(client, request, after_s)
                     await _post(client, request)
                 answers += await asyncio.gather(*reading)
         return answers
 
     for i, answer in enumerate(asyncio.run(storm())):
-        assert _same(_tail(answer), cold[i % len(victims)])
+        assert _same(prompt_tail.logprobs(answer), cold[i % len(victims)])
 
 
 def test_sglang_38319_38355_retraction_behind_chunked_inserts(server, texts):
@@ -159,11 +141,11 @@ def test_sglang_38319_38355_retraction_behind_chunked_inserts(server, texts):
         async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
             order = list(range(len(prompts))) * 2
             random.Random(5).shuffle(order)
-            answers = await asyncio.gather(*(_post(client, _body(prompts[i], new_tokens=10)) for i in order))
+            answers = await asyncio.gather(*(_post(client, prompt_tail.body(prompts[i], new_tokens=10)) for i in order))
             return [answers[order.index(i)] for i in range(len(prompts))]
 
     for answer, expected in zip(asyncio.run(all_at_once()), cold):
-        assert _same(_tail(answer), expected)
+        assert _same(prompt_tail.logprobs(answer), expected)
     assert "Retract requests" in server.log_text() or "retract" in server.log_text().lower(), "nothing was retracted"
     for tokens, expected in zip(prompts, cold):
         assert _same(_ask(server, tokens), expected)

@@ -13,6 +13,7 @@ import openai
 import pytest
 from soak import Load, books, probe, storm
 from soak_report import MIB, problems, summary
+from strict_server import STRICT_CHECKS
 
 from sgl_hq.launch.server_process import ServerProcess
 
@@ -21,7 +22,6 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "45"))
 # and both tiers together hold less than the families' texts.
 LONGEST, BUDGET, PACKED_FRACTION = (8100, 12288, 0.3) if SECONDS >= 600 else (1900, 4096, 0.2)
 LOAD = Load(clients=6, families=4, longest=LONGEST, new_tokens=8)
-ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
 ARGS = ["--max-total-tokens", str(BUDGET), "--hq-packed-fraction", str(PACKED_FRACTION), "--chunked-prefill-size", "1024",
         "--grammar-backend", "none", "--random-seed", "0"]  # fmt: skip
 # A request that is never let go holds its token ids and log-probabilities: tens of kB, of which the long run has thousands. In the short
@@ -31,7 +31,7 @@ HOST_GROWTH = (32 if SECONDS >= 600 else 128) * MIB
 
 @pytest.fixture(scope="module", params=["bf16", "hq7"])
 def server(request, model):
-    server = ServerProcess(str(model), [*ARGS, "--hq-format", request.param], env=ENVIRONMENT, start_timeout_s=600, stop_grace_s=0)
+    server = ServerProcess(str(model), [*ARGS, "--hq-format", request.param], env=STRICT_CHECKS, start_timeout_s=600, stop_grace_s=0)
     server.argv[1:3] = [checked_server.__file__]
     with server:
         yield server

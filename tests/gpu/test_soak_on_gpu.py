@@ -16,6 +16,7 @@ import pynvml
 import pytest
 from soak import Load, books, probe, storm
 from soak_report import MIB, problems, summary
+from strict_server import STRICT_CHECKS
 
 from sgl_hq.launch.bench_model import QWEN_7B
 from sgl_hq.launch.server_process import ServerProcess
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.gpu
 SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
 FORMATS = ("bf16", "hq4")
 LOAD = Load(clients=48, families=16, longest=8192 + PAGE_TOKENS, new_tokens=64)
-ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_DEBUG_MEMORY_POOL": "1"}
 # 15 % of the budget hold 36,000 packed tokens in hq4 and 9,800 in bf16; the families' texts have 131,072.
 ARGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0", "--hq-allow-ungated",
         "--max-total-tokens", "65536", "--hq-packed-fraction", "0.15", "--cuda-graph-max-bs-decode", "64",
@@ -54,7 +54,7 @@ def servers(tmp_path_factory):
     started = {}
     for fmt in FORMATS:
         options = [*ARGS, "--hq-format", fmt]
-        started[fmt] = ServerProcess(str(folder), options, env=ENVIRONMENT, cpu=False, start_timeout_s=400, stop_grace_s=0)
+        started[fmt] = ServerProcess(str(folder), options, env=STRICT_CHECKS, cpu=False, start_timeout_s=400, stop_grace_s=0)
         started[fmt].argv[1:3] = [str(Path(__file__).with_name("poisoned_server.py"))]
     with ThreadPoolExecutor(len(FORMATS)) as pool:
         try:

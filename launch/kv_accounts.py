@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sgl_hq.launch.server_process import Sample, ServerFailed, ServerProcess
+from sgl_hq.launch.prometheus_text import Sample
+from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.metrics.catalogue import PACKED_BYTES, PACKED_PAGES
 from sgl_hq.page_format import PAGE_TOKENS
 

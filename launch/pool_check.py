@@ -7,7 +7,7 @@ from typing import Any
 
 from sgl_hq.launch.bench_facts import BenchError
 from sgl_hq.launch.kv_accounts import gauge
-from sgl_hq.launch.server_process import Sample
+from sgl_hq.launch.prometheus_text import Sample
 from sgl_hq.page_format import PAGE_TOKENS
 
 POOL_TOLERANCE = 0.01  # a page of padding, and a figure in GB

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
+from sgl_hq.launch.prometheus_text import read_samples
 from sgl_hq.metrics.catalogue import INFO
 
 TIMEOUT_S = 10.0
@@ -64,12 +64,12 @@ def scrape(url: str, clock) -> Scrape:
 
 
 def _values(text: str, root: str) -> dict[str, dict[Labels, float]]:
-    values: dict[str, dict[Labels, float]] = {}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.startswith("sglang:hq_"):
-                    values.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+        samples = read_samples(text)
     except ValueError as error:
         raise ScrapeError(f"{root}/metrics is no Prometheus text ({error}): give the address of an SGLang server") from error
+    values: dict[str, dict[Labels, float]] = {}
+    for sample in samples:
+        if sample.name.startswith("sglang:hq_"):
+            values.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
     return values

@@ -17,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from sgl_hq.config import CPU_PLATFORM
+from sgl_hq.launch.prometheus_text import Sample, read_samples
 from sgl_hq.launch.server_log import failure_reason
 from sgl_hq.launch.thread_freeze import freeze, thaw
 
@@ -39,14 +39,6 @@ _given_ports: set[int] = set()
 
 class ServerFailed(RuntimeError):
     """The server did not start, ended early or did not answer; the message ends with the reason from its log."""
-
-
-class Sample(NamedTuple):
-    """One Prometheus sample of `GET /metrics`."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
 
 
 class ServerProcess:
@@ -165,8 +157,7 @@ class ServerProcess:
 
     def metrics(self) -> list[Sample]:
         """All samples of `GET /metrics` (needs --enable-metrics). The HTTP process answers, also during a pause."""
-        families = text_string_to_metric_families(self._get("/metrics").text)
-        return [Sample(s.name, dict(s.labels), s.value) for family in families for s in family.samples]
+        return read_samples(self._get("/metrics").text)
 
     def flush_cache(self) -> None:
         """Empty the prefix cache; raises ServerFailed when the server refuses because requests are running."""

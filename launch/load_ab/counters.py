@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sgl_hq.launch.kv_accounts import AccountsError
-from sgl_hq.launch.server_process import Sample
+from sgl_hq.launch.prometheus_text import Sample
 from sgl_hq.page_format import PAGE_TOKENS
 
 EVICTED = "sglang:evicted_tokens_total"

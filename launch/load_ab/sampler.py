@@ -17,7 +17,8 @@ import numpy as np
 
 from sgl_hq.launch.kv_accounts import AccountsError, gauge, read_peak
 from sgl_hq.launch.load_ab.figures import Amount, Reading
-from sgl_hq.launch.server_process import Sample, ServerFailed
+from sgl_hq.launch.prometheus_text import Sample
+from sgl_hq.launch.server_process import ServerFailed
 
 SAMPLE_EVERY_S = 0.25  # each sample costs the HTTP process some 10 ms of one of its cores
 HOST_TOKENS = "sglang:hicache_host_total_tokens"

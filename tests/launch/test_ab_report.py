@@ -17,8 +17,8 @@ from sgl_hq.launch.ab import _verdict, run
 from sgl_hq.launch.ab_compare import ABError, compare, plugin_block
 from sgl_hq.launch.ab_report import Phase, paragraph, row, table, write_json
 from sgl_hq.launch.kv_accounts import AccountsError, KvAccounts, Peak, read_accounts, read_peak
+from sgl_hq.launch.prometheus_text import Sample
 from sgl_hq.launch.server_log import logged_batches
-from sgl_hq.launch.server_process import Sample
 from sgl_hq.launch.waves import Answer, Wave
 
 TOKEN_BYTES = 23040  # SmolLM2-135M: 30 layers x 3 kv heads x 64 x (K and V) x 2 bytes

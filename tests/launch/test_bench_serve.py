@@ -24,8 +24,9 @@ from sgl_hq.launch.bench_model import QWEN_7B, BenchModel, shape_with_dummy_weig
 from sgl_hq.launch.bench_serve import Session, Setup, check_pool, measure, missing_backend, sessions
 from sgl_hq.launch.bench_serve_report import judge, show, unequal_batches
 from sgl_hq.launch.bench_workloads import WARM_UP, WORKLOADS, Wave, better, figures, parse_workloads
+from sgl_hq.launch.prometheus_text import Sample
 from sgl_hq.launch.server_log import full_batch_step_ms, mean_running
-from sgl_hq.launch.server_process import Sample, ServerFailed
+from sgl_hq.launch.server_process import ServerFailed
 from sgl_hq.launch.signals import terminated_like_interrupted
 
 TOKEN_BYTES = 28 * 4 * 128 * 2 * 2

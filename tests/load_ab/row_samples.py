@@ -16,7 +16,7 @@ PROMPT, OUTPUT, REQUESTS = 512, 9, 4
 
 def metrics_samples(values: dict[str, float]):
     """As ServerProcess.metrics gives them: what every scheduler has, and `values` over it."""
-    from sgl_hq.launch.server_process import Sample
+    from sgl_hq.launch.prometheus_text import Sample
 
     usual = {
         "sglang:max_total_num_tokens": BUDGET_TOKENS, "sglang:kv_available_tokens": BUDGET_TOKENS,

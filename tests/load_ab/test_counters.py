@@ -7,7 +7,7 @@ from row_samples import metrics_samples
 
 from sgl_hq.launch.kv_accounts import AccountsError
 from sgl_hq.launch.load_ab.counters import WITNESSES, Counters, packed_tier_evictions, read_counters, total
-from sgl_hq.launch.server_process import Sample
+from sgl_hq.launch.prometheus_text import Sample
 
 
 def hq(demoted: int, dropped: int) -> dict:

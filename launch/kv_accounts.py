@@ -8,13 +8,12 @@ two gauges of the same /metrics answer; only our plugin adds them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from sgl_hq.launch.prometheus_text import Sample
+from sgl_hq.launch.sampling_thread import SamplingThread
 from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.metrics.catalogue import PACKED_BYTES, PACKED_PAGES
 from sgl_hq.page_format import PAGE_TOKENS
@@ -118,26 +117,13 @@ def read_peak(samples: Sequence[Sample], token_bytes: float) -> Peak:
     )
 
 
-class PeakSampler:
+class PeakSampler(SamplingThread):
     """Reads what is resident in the background while a phase runs; `peak` is the sample with the most bytes."""
 
     def __init__(self, server: ServerProcess, token_bytes: int):
+        super().__init__(SAMPLE_EVERY_S, (ServerFailed,))  # the wave in flight fails too and reports why
         self._server, self._token_bytes = server, token_bytes
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kv-sampler", daemon=True)
         self.peak = Peak(0, 0, 0)
 
-    def __enter__(self) -> PeakSampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
-            try:
-                self.peak = max(self.peak, read_peak(self._server.metrics(), self._token_bytes))
-            except ServerFailed:
-                return  # the wave in flight fails too and reports why
+    def take(self) -> None:
+        self.peak = max(self.peak, read_peak(self._server.metrics(), self._token_bytes))

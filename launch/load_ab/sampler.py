@@ -6,7 +6,6 @@ the KV type: bf16, half of it in fp8, 4.5 bits of 16 in fp4_mx_block16 (a byte o
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from sgl_hq.launch.kv_accounts import AccountsError, gauge, read_peak
 from sgl_hq.launch.load_ab.figures import Amount, Reading
 from sgl_hq.launch.prometheus_text import Sample
+from sgl_hq.launch.sampling_thread import SamplingThread
 from sgl_hq.launch.server_process import ServerFailed
 
 SAMPLE_EVERY_S = 0.25  # each sample costs the HTTP process some 10 ms of one of its cores
@@ -113,43 +113,31 @@ class Series:
         return float(np.clip(np.trapezoid(values, times) / (times[-1] - times[0]), min(values), max(values)))
 
 
-class Sampler:
+class Sampler(SamplingThread):
     """Samples a server in the background: at the start, every SAMPLE_EVERY_S and at the end of a `with` block."""
 
     def __init__(self, server: Metered, token_bytes: float):
+        super().__init__(SAMPLE_EVERY_S, (ServerFailed, AccountsError))
         self._server, self._token_bytes = server, token_bytes
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kv-sampler", daemon=True)
         self._moments: list[Moment] = []
-        self._failure: ServerFailed | AccountsError | None = None
 
     def __enter__(self) -> Sampler:
         self._began = time.monotonic()
-        self._sample()
-        self._thread.start()
-        return self
+        self.take()
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
+        super().__exit__(kind, value, trace)
         if kind is not None:
             return  # the phase itself failed and says why
-        if self._failure is not None:
-            raise self._failure  # half a series would hide the peaks after it
-        self._sample()
+        if self.failure is not None:
+            raise self.failure  # half a series would hide the peaks after it
+        self.take()
 
     @property
     def series(self) -> Series:
         return Series(tuple(self._moments), self._token_bytes)
 
-    def _sample(self) -> None:
+    def take(self) -> None:
         samples = self._server.metrics()
         self._moments.append(read_moment(samples, self._token_bytes, time.monotonic() - self._began))
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
-            try:
-                self._sample()
-            except (ServerFailed, AccountsError) as failure:
-                self._failure = failure
-                return

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from poison import poison_dense
 from two_tier_parts import ROWS, P, build
 
 DENSE_PAGES, MAX_TOKENS = 24, 12 * P
@@ -64,16 +65,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.tree._drop, self.drop = self._checked_drop, self.tree._drop
         self.pool.pack_pages, self.pack_pages = self._recorded_pack, self.pool.pack_pages
         self.packed_values: dict[int, torch.Tensor] = {}  # page -> K of its tokens when it was packed
-        # What eviction and packing leave behind must never be read: fill it with NaN (dense slots are poisoned when freed).
-        stock_release = self.allocator._release_page_ids
-
-        def poison_and_release(*page_ids):
-            for pages in page_ids:
-                slots = (pages[:, None] * P + torch.arange(P)).flatten()
-                self.pool.k_buffer[0][slots] = float("nan")
-            stock_release(*page_ids)
-
-        self.allocator._release_page_ids = poison_and_release
+        poison_dense(self.allocator)  # what eviction and packing leave behind must never be read
 
     # ---- what the scheduler does -------------------------------------------------------------------------------
 
@@ -261,6 +253,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         assert (slots < self.pool.packed_base).all(), "a packed id would be written as a dense slot"
         self.pool.k_buffer[0][slots, 0, 0] = req.values(start, end)
         self.pool.k_buffer[0][slots, 0, 1:] = 0
+        self.pool.v_buffer[0][slots] = 0  # no one reads it here, but a lossy format packs no NaN
 
     def _leave(self, req, insert):
         self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.allocated)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from poison import NAN_BYTE, poison_dense, poison_packed
 from two_tier_parts import LAYERS, P, build, radix_key
 
 from sgl_hq.layer_codecs import layer_codecs
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.pool.sizing import KVShape, TierSizes
 
-NAN_BYTE = 0xFF
 tenants = st.sampled_from([None, "", "a", "b"])
 prompts = st.tuples(st.integers(0, 1), st.integers(1, 4))  # family, pages
 
@@ -27,20 +27,8 @@ class Tenants(RuleBasedStateMachine):
         self.tree, self.tier = self.parts.tree, self.parts.pool.packed
         self.written: dict[tuple, torch.Tensor] = {}  # (tenant, family, page) -> K and V of the page that is cached
         self.serial = 0
-        release, free = self.parts.allocator._release_page_ids, self.tier.free
-
-        def poison_dense(*page_ids):
-            for pages in page_ids:
-                for buffer in (*self.parts.pool.k_buffer, *self.parts.pool.v_buffer):
-                    buffer[(pages[:, None] * P + torch.arange(P)).flatten()] = float("nan")
-            release(*page_ids)
-
-        def poison_packed(pages):
-            free(pages)
-            for records in self.tier.records:
-                records[list(pages)] = NAN_BYTE
-
-        self.parts.allocator._release_page_ids, self.tier.free = poison_dense, poison_packed
+        poison_dense(self.parts.allocator)
+        poison_packed(self.tier)
 
     @rule(tenant=tenants, prompt=prompts)
     def request(self, tenant, prompt):

@@ -20,6 +20,12 @@ if not torch.cuda.is_available():
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Workers begin with the files that take minutes, those of real servers: none is left over when the other worker has no more."""
+    if WORKERS:
+        items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _clean_hq_environment(monkeypatch):
     """No test inherits options of another one or of the user's shell."""

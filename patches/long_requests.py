@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sgl_hq.cache.long_requests import hold_to_dense_tier
-from sgl_hq.page_format import PAGE_TOKENS
 
 _MAX_REQ_LEN, _MAX_REQ_INPUT_LEN = 4, 5  # of get_worker_info's tuple
 
@@ -11,21 +10,20 @@ _MAX_REQ_LEN, _MAX_REQ_INPUT_LEN = 4, 5  # of get_worker_info's tuple
 def longest_request(original, worker):
     """AROUND TpModelWorker.get_worker_info."""
     info = list(original(worker))
-    tier = worker.model_runner.token_to_kv_pool.packed
-    if tier is not None:
+    pool = worker.model_runner.token_to_kv_pool
+    if pool.packed is not None:
         margin = info[_MAX_REQ_LEN] - info[_MAX_REQ_INPUT_LEN]
-        both = info[0] + tier.sizes.packed_pages * PAGE_TOKENS
-        info[_MAX_REQ_LEN] = min(worker.model_config.context_len, both) - 1
+        info[_MAX_REQ_LEN] = min(worker.model_config.context_len, pool.most_tokens) - 1
         info[_MAX_REQ_INPUT_LEN] = info[_MAX_REQ_LEN] - margin
     return tuple(info)
 
 
 def longest_answer(original, scheduler, req):
     """AROUND Scheduler.init_req_max_new_tokens: the same bound, over both tiers."""
-    tier, dense_tokens = scheduler.tree_cache.packed_tier, scheduler.max_total_num_tokens
-    if tier is None:
+    if scheduler.tree_cache.packed_tier is None:
         return original(scheduler, req)
-    scheduler.max_total_num_tokens = dense_tokens + tier.sizes.packed_pages * PAGE_TOKENS
+    dense_tokens = scheduler.max_total_num_tokens
+    scheduler.max_total_num_tokens = scheduler.token_to_kv_pool_allocator.get_kvcache().most_tokens
     try:
         return original(scheduler, req)
     finally:

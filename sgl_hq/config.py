@@ -15,6 +15,7 @@ from typing import Mapping
 from sgl_hq.page_format import CALIBRATED_GRAMMAR, FAMILY_GRAMMAR, FORMATS, PAGE_TOKENS, check_format_name
 
 EXACT = "exact"
+AUTO = "auto"  # of packed_fraction
 CPU_PLATFORM = "sgl_hq_cpu"  # value of SGLANG_PLATFORM that selects our CPU platform; the entry point's name
 PACK_POLICIES = ("shared", "insert", "pressure")
 SERVING_FORMATS = (EXACT, *FORMATS)
@@ -44,7 +45,8 @@ class HQConfig:
     pack: when a dense page is packed: `shared` (a second request uses it), `insert` (as soon as it is in
         the radix tree), `pressure` (only instead of being evicted, which
         the other two do as well).
-    packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1; `exact` uses none of it.
+    packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1, or `auto`: memory moves between the tiers as the
+        load wants it; `exact` uses none of it.
     page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
     allow_ungated: serve a format that loses bits without a passing record of the quality gate for this model.
     audit: check books and packed bytes every so many batches, for debugging; 0: never.
@@ -53,7 +55,7 @@ class HQConfig:
 
     format: str
     pack: str = "shared"
-    packed_fraction: float = 0.5
+    packed_fraction: float | str = 0.5
     page_size: int = PAGE_TOKENS
     allow_ungated: bool = False
     audit: int = 0
@@ -70,10 +72,10 @@ class HQConfig:
             ) from None
         if self.pack not in PACK_POLICIES:
             raise HQConfigError(f"unknown --hq-pack {self.pack!r}: choose one of {', '.join(PACK_POLICIES)}")
-        if not 0.0 < self.packed_fraction < 1.0:
+        if self.packed_fraction != AUTO and not 0.0 < self.packed_fraction < 1.0:
             raise HQConfigError(
                 f"--hq-packed-fraction {self.packed_fraction:g} leaves one tier without memory: "
-                "give a number between 0 and 1, for example 0.5"
+                f"give a number between 0 and 1, for example 0.5, or {AUTO}"
             )
         if self.page_size != PAGE_TOKENS:
             raise HQConfigError(
@@ -88,6 +90,11 @@ class HQConfig:
     def packs(self) -> bool:
         """True when pages may move to the packed tier."""
         return self.format != EXACT
+
+    @property
+    def elastic(self) -> bool:
+        """True when memory moves between the tiers."""
+        return self.packs and self.packed_fraction == AUTO
 
     def describe(self) -> dict[str, str]:
         """Every resolved value, in the order a reader wants them."""
@@ -130,7 +137,7 @@ def from_strings(given: Mapping[str, str]) -> HQConfig:
     """Parse text values by field name. Raises HQConfigError."""
     values: dict[str, object] = dict(given)
     for name, kind, example in (("packed_fraction", float, "0.5"), ("page_size", int, "64"), ("audit", int, "16")):
-        if name in values:
+        if name in values and not (name == "packed_fraction" and values[name] == AUTO):
             try:
                 values[name] = kind(values[name])
             except ValueError:

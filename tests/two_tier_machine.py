@@ -19,6 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from poison import poison_dense
 from two_tier_parts import ROWS, P, build
 
+from sgl_hq.config import AUTO
+
 DENSE_PAGES, MAX_TOKENS = 24, 12 * P
 SINKS = "sink4-K8V8"  # a format whose sequences need sink slots as well
 
@@ -51,13 +53,15 @@ class Request:
 
 class TwoTierMachine(RuleBasedStateMachine):
     @initialize(
-        pack=st.sampled_from(["shared", "insert", "pressure"]), packed_fraction=st.sampled_from([0.2, 0.5, 0.7]),
+        pack=st.sampled_from(["shared", "insert", "pressure"]), packed_fraction=st.sampled_from([0.2, 0.5, 0.7, AUTO]),
         fmt=st.sampled_from(["bf16", SINKS]),
     )
     def start(self, pack, packed_fraction, fmt="bf16"):
         from sgl_hq.audit.audit import Audit
 
-        self.pool, self.allocator, self.rows, self.tree = build(fmt, pack, DENSE_PAGES, packed_fraction, layers=1)
+        dense_pages = DENSE_PAGES - (packed_fraction == AUTO)  # of six slabs, one page is SGLang's padding
+        self.dense_tokens = dense_pages * P
+        self.pool, self.allocator, self.rows, self.tree = build(fmt, pack, dense_pages, packed_fraction, layers=1)
         self.audit = Audit(self.tree, self.allocator, self.rows.req_to_token, every=1, raises=True)
         self.live: list[Request] = []
         self.serial = 0
@@ -158,7 +162,7 @@ class TwoTierMachine(RuleBasedStateMachine):
     def no_token_is_lost(self):
         uncached = sum(-(-r.allocated // P) * P - r.cache_protected_len for r in self.live)
         total = self.allocator.available_size() + self.tree.evictable_size() + self.tree.protected_size() + uncached
-        assert total == DENSE_PAGES * P, (total, DENSE_PAGES * P)
+        assert total == self.dense_tokens, (total, self.dense_tokens)
         free = self.allocator.free_pages.tolist()
         assert len(set(free)) == len(free)
         self.tree.check_books()

@@ -25,6 +25,10 @@ class PageChecksums:
         """Right after packing."""
         self._taken[self._ids(pages)] = self.sums(pages)
 
+    def moved(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """The bytes of `sources` are in `targets` now, and are to stay what they were."""
+        self._taken[self._ids(targets)] = self._taken[self._ids(sources)]
+
     def check(self, pages: Sequence[int]) -> None:
         """Compare `pages` now; `read` has the answer. Before they are dropped, and for samples."""
         if pages:

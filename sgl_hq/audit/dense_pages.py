@@ -1,4 +1,4 @@
-"""Who holds each page of the dense tier: the free list, a radix node, or one running request alone."""
+"""Who holds each page of the dense tier: the free list, a radix node, one running request alone, or the packed tier, to which it is lent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 from sgl_hq.page_format import PAGE_TOKENS
 
-# A page's holders are counted in one int64: free, in the tree, and private to a request, 20 bits each.
-_HOLDERS = ("free", "in the tree", "of a request alone")
-_BITS = 20
+# A page's holders are counted in one int64, 15 bits for each kind.
+_HOLDERS = ("free", "in the tree", "of a request alone", "lent")
+_BITS = 15
 
 
 class DensePages:
@@ -23,7 +23,7 @@ class DensePages:
         outside the dense tier, among them those of packed tokens."""
         pages = self._allocator.num_pages
         held = torch.zeros(pages + 2, dtype=torch.int64, device=self._req_to_token.device)
-        for kind, ids in enumerate((self._free(), self._in_tree(), self._private())):
+        for kind, ids in enumerate((self._free(), self._in_tree(), self._private(), self._lent())):
             inside = torch.where((ids >= 0) & (ids <= pages), ids, pages + 1)
             held.index_add_(0, inside, torch.full_like(inside, 1 << _BITS * kind))
         return held
@@ -36,6 +36,13 @@ class DensePages:
         if not values:
             return torch.zeros(0, dtype=torch.int64, device=self._req_to_token.device)
         return torch.cat(values)[::PAGE_TOKENS].to(torch.int64) // PAGE_TOKENS
+
+    def _lent(self) -> torch.Tensor:
+        memory = self._allocator.get_kvcache().memory
+        pages = [np.zeros(0, np.int64)]
+        if memory is not None:
+            pages += [np.arange(slab * memory.slabs.pages, (slab + 1) * memory.slabs.pages) for slab in memory.lent]
+        return torch.from_numpy(np.concatenate(pages)).to(self._req_to_token.device)
 
     def _private(self) -> torch.Tensor:
         """Pages behind what a request shares with the tree (`cache_protected_len`, whole pages), up to what it has allocated."""
@@ -51,7 +58,7 @@ class DensePages:
 def differences(holders: np.ndarray) -> list[str]:
     """One sentence per kind of difference from "each page is held once". holders: `DensePages.holders()` on the host."""
     mask = (1 << _BITS) - 1
-    kinds = np.stack([(holders >> _BITS * kind) & mask for kind in range(len(_HOLDERS))])  # [3, pages + 2]
+    kinds = np.stack([(holders >> _BITS * kind) & mask for kind in range(len(_HOLDERS))])  # [4, pages + 2]
     found, held = [], kinds[:, 1:-1]
     if (lost := np.flatnonzero(held.sum(0) == 0) + 1).size:
         found.append(f"dense pages lost, held by nobody: {_some(lost)}")

@@ -8,6 +8,8 @@ import torch
 
 if TYPE_CHECKING:
     from sgl_hq.cache.packing_radix_cache import PackingRadixCache
+    from sgl_hq.pool.elastic_memory import ElasticMemory
+    from sgl_hq.pool.packed_tier import PackedTier
 
 
 def differences(tree: PackingRadixCache) -> list[str]:
@@ -45,10 +47,23 @@ def tree_differences(tree: PackingRadixCache) -> list[str]:
 
 
 def packed_differences(tree: PackingRadixCache) -> list[str]:
-    """Every packed page and sink slot is free or in one node, once."""
+    """Every packed page and sink slot is free or in one node, once; each slab is in one tier."""
     if tree.packed_tier is None:
         return []
-    return tree.packed_tier.differences([page for _, pages in tree.packed_nodes() for page in pages])
+    found = tree.packed_tier.differences([page for _, pages in tree.packed_nodes() for page in pages])
+    return found + (slab_differences(tree._pool.memory, tree.packed_tier) if tree._pool.memory is not None else [])
+
+
+def slab_differences(memory: ElasticMemory, tier: PackedTier) -> list[str]:
+    """The capacities of both tiers, and the bytes that back them, follow from which slabs are lent."""
+    slabs, lent = memory.slabs, len(memory.lent)
+    expected = {
+        "packed pages": (tier.pages_total, slabs.packed_pages(lent)),
+        "bytes of dense pages": (memory.dense_bytes, (slabs.slabs - lent) * slabs.slab_bytes),
+        "bytes of packed pages": (memory.packed_bytes, (1 + lent) * slabs.slab_bytes),
+        "bytes in all": (memory.bytes_created, (slabs.slabs + 1) * slabs.slab_bytes),
+    }
+    return [f"{lent} slabs are lent, and {what} are {is_} instead of {should}" for what, (is_, should) in expected.items() if is_ != should]
 
 
 def values_differ(tree: PackingRadixCache) -> torch.Tensor:

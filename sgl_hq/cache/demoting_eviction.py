@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
-from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from sglang.srt.mem_cache.radix_cache import TreeNode
 
 from sgl_hq.cache.eviction_order import EvictionOrder
 from sgl_hq.cache.packed_room import Room, find_room
+from sgl_hq.cache.slab_lending import SlabLending
 
 
-class DemotingEviction(RadixCache):
+class DemotingEviction(SlabLending):
     """The part of PackingRadixCache that makes room, in either tier."""
 
     def _start_orders(self) -> None:
@@ -33,19 +34,24 @@ class DemotingEviction(RadixCache):
             (self._packed_order if node.id in self._pages_of else self._dense_order).add(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """Free at least `params.num_tokens` dense tokens if that many are evictable; packed nodes give none."""
+        """Free at least `params.num_tokens` dense tokens if that many are evictable; packed nodes give none but by their slabs."""
         if self._packed is None or self.disable:
             return super().evict(params)
         start_time, freed = time.perf_counter(), 0
-        while freed < params.num_tokens and (leaf := self._dense_order.pop()):
-            freed += self._demote(leaf, params.num_tokens - freed)
+        wanted = params.num_tokens + self._spare_tokens(params.num_tokens)
+        while freed < wanted and (leaf := self._dense_order.pop()):
+            freed += self._demote(leaf, wanted - freed)
             if leaf.id in self._pages_of:
                 continue
-            if freed >= params.num_tokens:
+            if freed >= wanted:
                 self._dense_order.add(leaf)
             else:
                 freed += len(leaf.key)
                 self._drop(leaf)
+        while freed < params.num_tokens and (back := self._reclaim()):
+            freed += back
+        if params.num_tokens < wanted <= freed and self._lend():
+            freed -= wanted - params.num_tokens
         self.update_eviction_metrics(freed, start_time)
         return EvictResult(num_tokens_evicted=freed)
 

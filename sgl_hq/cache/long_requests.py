@@ -47,5 +47,6 @@ def hold_to_dense_tier(tree: PackingRadixCache, dense_tokens: int, request: Req)
 
 
 def _dense_need(tree: PackingRadixCache, request: Req) -> int:
-    """Dense tokens that the request occupies when its prefill ends, in whole pages."""
-    return ceil_align(len(request.full_untruncated_fill_ids) - tree.packed_run(request.last_node).tokens, PAGE_TOKENS)
+    """Dense tokens that the request occupies when its prefill ends, in whole pages, and those whose memory its packed pages hold."""
+    packed = tree.packed_run(request.last_node).tokens
+    return ceil_align(len(request.full_untruncated_fill_ids) - packed, PAGE_TOKENS) + tree.pinned_tokens(packed // PAGE_TOKENS)

@@ -14,13 +14,15 @@ REFUSALS = ("too_large", "no_pages", "no_sinks", "unpackable")
 @dataclass
 class PackCounters:
     """pages_packed counts demoted pages too. *_times: seconds of the scheduler per node packed, per chain of nodes demoted (the
-    packing inside included), per leaf dropped."""
+    packing inside included), per leaf dropped. slabs_*: moves of memory to the packed tier and, under pressure, back."""
 
     nodes_packed: int = 0
     pages_packed: int = 0
     pages_demoted: int = 0
     pages_dropped: int = 0
     dense_pages_dropped: int = 0
+    slabs_lent: int = 0
+    slabs_reclaimed: int = 0
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
     pack_times: Bins = NO_TIMES
     demote_times: Bins = NO_TIMES
@@ -50,6 +52,8 @@ class PackCounters:
             "pages_demoted": self.pages_demoted,
             "pages_dropped": self.pages_dropped,
             "dense_pages_dropped": self.dense_pages_dropped,
+            "slabs_lent": self.slabs_lent,
+            "slabs_reclaimed": self.slabs_reclaimed,
             "refused": dict(self.refused),
         }
 

@@ -1,8 +1,8 @@
 """SGLang's radix cache whose nodes may live in the packed tier.
 
-Packed tokens are invisible to the scheduler: only dense nodes count as evictable or protected, so SGLang's own
-invariant `available + evictable + protected + uncached == max_total_num_tokens` keeps holding for the dense tier
-with the stock allocator (design.md section 0.1; `invariant_checker.py` `_check_full_pool`).
+Packed tokens are invisible to the scheduler: only dense nodes, and dense pages lent to the packed tier, count as evictable or
+protected, so SGLang's own invariant `available + evictable + protected + uncached == max_total_num_tokens` keeps holding for the dense
+tier with the stock allocator (design.md section 0.1; `invariant_checker.py` `_check_full_pool`).
 
 Packing is prefix-closed: a node is packed only below packed nodes, hence every request reads a packed leading run
 followed by a dense rest. Nothing here depends on clocks or set order, so tensor-parallel ranks decide alike.
@@ -69,6 +69,7 @@ class PackingRadixCache(DemotingEviction):
         self.epoch += 1
         if self._packed is not None:
             self._packed.clear()
+            self._give_all_back()
             self._tell_tier_changed()
 
     # ---- a request uses a path ---------------------------------------------------------------------------------
@@ -114,7 +115,9 @@ class PackingRadixCache(DemotingEviction):
         assert node.id not in self._pages_of and (node.parent is self.root_node or node.parent.id in self._pages_of)
         if node.id in self._unpackable:
             return False
-        room, pages = self._room_for(node, self._eviction_key(node)), len(node.key) // self.page_size
+        pages = len(node.key) // self.page_size
+        self._lend_for(pages)
+        room = self._room_for(node, self._eviction_key(node))
         if room.pages < pages:
             self.refusals.no_room(pages, pages, self._packed, self.packed_live_pages)
             return False
@@ -149,14 +152,18 @@ class PackingRadixCache(DemotingEviction):
             self.protected_size_ -= len(node.key)
         else:
             self.evictable_size_ -= len(node.key)
-        self._pages_of[node.id] = array("i", pages)
-        node.value = self._pool.packed_token_ids(pages)
+        self._hold_pages(node, pages)
         self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
         self._enter_order(node)
         self.epoch += 1
         self.counters.packed(len(pages), time.perf_counter() - start_time)
         self._tell_tier_changed()
         return True
+
+    def _hold_pages(self, node: TreeNode, pages: list[int]) -> None:
+        """`node` is packed, in `pages`."""
+        self._pages_of[node.id] = array("i", pages)
+        node.value = self._pool.packed_token_ids(pages)
 
     def packed_run(self, node: TreeNode) -> PackedRun:
         """The packed leading run of the path that ends in `node`."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgl_hq.kernels.page_codec import PageCodec, UnpackablePageError
 from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.sizing import KVShape, TierSizes
+
+if TYPE_CHECKING:
+    from sgl_hq.pool.elastic_memory import ElasticMemory
 
 NO_SINK = -1
 
@@ -25,11 +29,14 @@ class PackedTier:
     codecs: one per layer; they differ in the widths of their codes only. records[layer]: [pages, kv_heads, record_bytes]
     uint8; sink_slots[layer]: [sinks, kv_heads, sink_bytes] uint8. On a GPU all layers have one layout, and these are views
     of `arena` [layers, pages, kv_heads, record_bytes] and `sink_arena` [layers, sinks, kv_heads, sink_bytes].
+
+    memory: of elastic tiers, whose records these then are: `sizes` has the largest number of pages, `pages_total` the present one.
     """
 
-    def __init__(self, codecs: Sequence[PageCodec], shape: KVShape, sizes: TierSizes, device: str):
-        self.codecs, self.shape, self.sizes = list(codecs), shape, sizes
+    def __init__(self, codecs: Sequence[PageCodec], shape: KVShape, sizes: TierSizes, device: str, memory: ElasticMemory | None = None):
+        self.codecs, self.shape, self.sizes, self._memory = list(codecs), shape, sizes, memory
         self.sink_tokens = codecs[0].fmt.sink_tokens
+        self.pages_total = sizes.packed_pages if memory is None else memory.slabs.packed_pages(len(memory.lent))
 
         def arena(*dims: int) -> torch.Tensor:
             return torch.zeros(dims, dtype=torch.uint8, device=device)
@@ -37,18 +44,21 @@ class PackedTier:
         self.on_gpu = torch.device(device).type == "cuda"
         if self.on_gpu:
             layout = codecs[0].layout
-            self.arena = arena(len(codecs), sizes.packed_pages, shape.kv_heads, layout.record_bytes)
+            self.arena = arena(len(codecs), sizes.packed_pages, shape.kv_heads, layout.record_bytes) if memory is None else memory.arena
             self.sink_arena = arena(len(codecs), sizes.sinks, shape.kv_heads, layout.sink_bytes)
             self.records, self.sink_slots = list(self.arena), list(self.sink_arena)
         else:
-            self.records = [arena(sizes.packed_pages, shape.kv_heads, codec.layout.record_bytes) for codec in codecs]
+            if memory is None:
+                self.records = [arena(sizes.packed_pages, shape.kv_heads, codec.layout.record_bytes) for codec in codecs]
+            else:
+                self.records = memory.records
             self.sink_slots = [arena(sizes.sinks, shape.kv_heads, codec.layout.sink_bytes) for codec in codecs]
         self._k_buffer = self._v_buffer = torch.empty(0, device=device)  # grown by the first read
         self.clear()
 
     def clear(self) -> None:
         """Forget every page (flush). The bytes stay; nobody can name them any more."""
-        self._free_pages = array("i", range(self.sizes.packed_pages - 1, -1, -1))
+        self._free_pages = array("i", range(self.pages_total - 1, -1, -1))
         self._free_sinks = array("i", range(self.sizes.sinks - 1, -1, -1))
         self._sink_of_page = array("i", [NO_SINK]) * self.sizes.packed_pages
 
@@ -64,7 +74,7 @@ class PackedTier:
 
     @property
     def pages_used(self) -> int:
-        return self.sizes.packed_pages - len(self._free_pages)
+        return self.pages_total - len(self._free_pages)
 
     @property
     def page_bytes(self) -> int:
@@ -77,7 +87,8 @@ class PackedTier:
 
     @property
     def bytes_allocated(self) -> int:
-        return sum(layer.nbytes for layer in (*self.records, *self.sink_slots))
+        records = sum(layer.nbytes for layer in self.records) if self._memory is None else self._memory.packed_bytes
+        return records + sum(layer.nbytes for layer in self.sink_slots)
 
     @property
     def bytes_used(self) -> int:
@@ -103,8 +114,8 @@ class PackedTier:
     def differences(self, owned: list[int]) -> list[str]:
         """`owned`: every page id that radix nodes hold. One sentence for each way in which free + owned is not all, each once."""
         free = list(self._free_pages)
-        found = _not_each_once("packed page", range(self.sizes.packed_pages), {"free": free, "in the tree": owned})
-        holders = [page for page in range(self.sizes.packed_pages) if self._sink_of_page[page] != NO_SINK]
+        found = _not_each_once("packed page", range(self.pages_total), {"free": free, "in the tree": owned})
+        holders = [page for page in range(self.pages_total) if self._sink_of_page[page] != NO_SINK]
         sinks = [self._sink_of_page[page] for page in holders]
         found += _not_each_once("sink slot", range(self.sizes.sinks), {"free": list(self._free_sinks), "of a page": sinks})
         if astray := set(holders) - set(owned):
@@ -189,6 +200,34 @@ class PackedTier:
         k, v = self._k_buffer[: sizes[0]], self._v_buffer[: sizes[1]]
         heads = self.shape.kv_heads
         return k.view(heads, -1, self.shape.head_dim), v.view(heads, -1, self.shape.v_head_dim)
+
+    # ---- a capacity that changes -----------------------------------------------------------------------------------
+
+    def set_capacity(self, pages: int) -> None:
+        """From now on there are the pages [0, `pages`), those of them free that were not there before. A page that ceases is free."""
+        free = [page for page in self._free_pages if page < pages]
+        assert len(self._free_pages) - len(free) == max(0, self.pages_total - pages), "a page in use would cease to be"
+        new = range(self.pages_total, pages)
+        self._free_pages = array("i", sorted([*free, *new], reverse=True))  # `write` takes from the end: low pages first
+        self.pages_total = pages
+
+    def moves_below(self, pages: int) -> tuple[list[int], list[int]]:
+        """Pages in use from `pages` on, and as many free ones below it, the lowest, where they may `move`."""
+        free = set(self._free_pages)
+        sources = [page for page in range(pages, self.pages_total) if page not in free]
+        targets = sorted(page for page in free if page < pages)[: len(sources)]
+        assert len(targets) == len(sources), "what is in use does not fit below"
+        return sources, targets
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """The records of `sources` to the free pages `targets`, which are in use then, and `sources` are free. Sinks stay in their slots."""
+        here, there = (torch.tensor(pages, dtype=torch.int64, device=self.records[0].device) for pages in (sources, targets))
+        for layer in self.records:
+            layer[there] = layer[here]
+        for source, target in zip(sources, targets, strict=True):
+            self._sink_of_page[target], self._sink_of_page[source] = self._sink_of_page[source], NO_SINK
+        taken = set(targets)
+        self._free_pages = array("i", [*sources, *(page for page in self._free_pages if page not in taken)])
 
     def free(self, pages: list[int]) -> None:
         for page in pages:

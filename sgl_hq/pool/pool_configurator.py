@@ -9,8 +9,11 @@ from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator,
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sgl_hq.config import HQConfig
+from sgl_hq.page_format import PageLayout
+from sgl_hq.pool.chunks import granularity
 from sgl_hq.pool.codecs import codecs_of_server
-from sgl_hq.pool.sizing import KVShape, split_budget
+from sgl_hq.pool.sizing import KVShape, TierSizes, split_budget
+from sgl_hq.pool.slabs import slabs_of_budget
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +44,15 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
         budget = available_bytes if limit is None else min(available_bytes, limit * self._shape.dense_bytes_per_token)
         layouts = [codec.layout for codec in codecs_of_server(self._config, self._shape, "cpu")]
         workspace = 0
-        sizes = split_budget(budget, self._config.packed_fraction, layouts, self._shape)
+        sizes = self._sizes(budget, layouts)
         if self._workspace_bytes is not None:
             workspace = self._workspace_bytes(layouts, self._shape, sizes, self._device)
-            sizes = split_budget(budget, self._config.packed_fraction, layouts, self._shape, workspace)
+            sizes = self._sizes(budget, layouts, workspace)
         logger.info(
-            "sgl_hq: KV budget %.1f MiB = dense tier of %d tokens + packed tier of %d pages (%d tokens) in format %s + workspaces of "
+            "sgl_hq: KV budget %.1f MiB = dense tier of %s%d tokens + packed tier of %s%d pages (%d tokens) in format %s + workspaces of "
             "%.1f MiB",
-            budget / 2**20, sizes.dense_tokens, sizes.packed_pages, sizes.packed_pages * page_size, self._config.format,
-            workspace / 2**20,
+            budget / 2**20, self._up_to, sizes.dense_tokens, self._up_to, sizes.packed_pages, sizes.packed_pages * page_size,
+            self._config.format, workspace / 2**20,
         )
         if sizes.dense_tokens < self._context_tokens:
             logger.warning(
@@ -58,3 +61,13 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
                 sizes.dense_tokens, self._context_tokens,
             )
         return MemoryPoolConfig(max_total_num_tokens=sizes.dense_tokens)
+
+    @property
+    def _up_to(self) -> str:
+        return "up to " if self._config.elastic else ""
+
+    def _sizes(self, budget: int, layouts: list[PageLayout], workspace: int = 0) -> TierSizes:
+        if not self._config.elastic:
+            return split_budget(budget, self._config.packed_fraction, layouts, self._shape, workspace)
+        unit = granularity(self._device)
+        return slabs_of_budget(budget - workspace, layouts, self._shape, unit).sizes(layouts)

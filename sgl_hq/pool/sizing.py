@@ -32,7 +32,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class TierSizes:
-    """dense_tokens: capacity handed to SGLang; packed_pages, sinks: slots of the packed tier."""
+    """dense_tokens: capacity handed to SGLang; packed_pages, sinks: slots of the packed tier. Of elastic tiers, the largest of each."""
 
     dense_tokens: int
     packed_pages: int
@@ -78,4 +78,9 @@ def tiers_of_dense(dense_tokens: int, packed_fraction: float, layouts: Sequence[
         return TierSizes(dense_tokens, pages, 0)
     # pages * page + ceil(pages / PAGES_PER_SINK) * sink <= packed_bytes
     pages = max(0, (packed_bytes - sink) * PAGES_PER_SINK // (page * PAGES_PER_SINK + sink))
-    return TierSizes(dense_tokens, pages, -(-pages // PAGES_PER_SINK))
+    return TierSizes(dense_tokens, pages, sinks_for(pages, layouts))
+
+
+def sinks_for(packed_pages: int, layouts: Sequence[PageLayout]) -> int:
+    """Sink slots of a packed tier; none where the format keeps no sink tokens."""
+    return -(-packed_pages // PAGES_PER_SINK) if layouts[0].sink_bytes else 0

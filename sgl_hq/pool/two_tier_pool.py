@@ -7,41 +7,59 @@ matters; they never reach `set_kv_buffer` or the allocator (design.md sections 0
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sgl_hq.config import HQConfig, HQConfigError, from_env
 from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.pool.chunks import granularity
 from sgl_hq.pool.codecs import codecs_of_server
+from sgl_hq.pool.elastic_memory import ElasticMemory
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.pool.sizing import KVShape, tiers_of_dense
+from sgl_hq.pool.slabs import slabs_of_dense
 
 
 class HQTokenToKVPool(MHATokenToKVPool):
     """Dense tier of SGLang (`mem_cache/memory_pool.py` MHATokenToKVPool) with a packed tier beside it.
 
-    `packed` is None in mode `exact`. Unsupported movers of KV raise NotImplementedError: they copy slots by id and
+    `packed` is None in mode `exact`, `memory` where the split is fixed. Unsupported movers of KV raise NotImplementedError: they copy slots by id and
     would read packed ids as physical ones.
     """
 
     def _create_buffers(self):
-        super()._create_buffers()
         self.config: HQConfig = from_env()
         self.shape = KVShape(self.layer_num, self.head_num, self.head_dim, self.v_head_dim)
         self.packed: PackedTier | None = None
+        self.memory: ElasticMemory | None = None
         self.forward_stream: torch.cuda.Stream | None = None  # the stream of the forwards; None: the current one
+        if self.config.packs and self.dtype != torch.bfloat16:
+            raise HQConfigError(
+                f"the KV cache dtype is {self.dtype}: packed pages are made from bfloat16, "
+                "start with --dtype bfloat16 --kv-cache-dtype auto"
+            )
+        codecs = codecs_of_server(self.config, self.shape, self.device) if self.config.packs else []
+        layouts = [codec.layout for codec in codecs]
+        if self.config.elastic:
+            slabs = slabs_of_dense(self.size, layouts, self.shape, granularity(self.device))
+            self.memory = ElasticMemory(slabs, layouts, self.shape, self.device)
+        super()._create_buffers()
         if self.config.packs:
-            if self.dtype != torch.bfloat16:
-                raise HQConfigError(
-                    f"the KV cache dtype is {self.dtype}: packed pages are made from bfloat16, "
-                    "start with --dtype bfloat16 --kv-cache-dtype auto"
-                )
-            codecs = codecs_of_server(self.config, self.shape, self.device)
-            layouts = [codec.layout for codec in codecs]
-            sizes = tiers_of_dense(self.size, self.config.packed_fraction, layouts, self.shape)
-            self.packed = PackedTier(codecs, self.shape, sizes, self.device)
+            if self.memory is None:
+                sizes = tiers_of_dense(self.size, self.config.packed_fraction, layouts, self.shape)
+            else:
+                sizes = self.memory.slabs.sizes(layouts)
+            self.packed = PackedTier(codecs, self.shape, sizes, self.device, self.memory)
             if self.packed.on_gpu:
                 self.packed.warm_up(self.k_buffer, self.v_buffer)
+
+    def _create_buffers_normal(self):
+        if self.memory is None:
+            super()._create_buffers_normal()
+        else:
+            self.k_buffer, self.v_buffer = self.memory.k_buffers, self.memory.v_buffers
 
     @property
     def packed_base(self) -> int:
@@ -51,7 +69,19 @@ class HQTokenToKVPool(MHATokenToKVPool):
     @property
     def dense_bytes_allocated(self) -> int:
         """Bytes of the dense tier, SGLang's padding page included."""
+        if self.memory is not None:
+            return self.memory.dense_bytes
         return sum(buffer.nbytes for buffer in (*self.k_buffer, *self.v_buffer))
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one request, in both tiers together."""
+        if self.packed is None:
+            return self.size
+        if self.memory is None:
+            return self.size + self.packed.pages_total * PAGE_TOKENS
+        slabs, lent = self.memory.slabs, self.memory.slabs.slabs - 1
+        return self.size + (slabs.packed_pages(lent) - lent * slabs.pages) * PAGE_TOKENS
 
     def get_kv_size_bytes(self):
         """(K, V) bytes; the packed tier, which mixes both in one record, is counted half and half."""
@@ -67,11 +97,47 @@ class HQTokenToKVPool(MHATokenToKVPool):
         dense pages is a later forward on that stream. `write` waits for the kernel: the host, and the GPU after it,
         idle from the end of that forward to the next launch, once per packed node.
         """
+        with self._behind_forwards():
+            return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
+
+    def lend(self, slab: int) -> None:
+        """A slab of dense pages, all of them free, to the packed tier. Waits for the forward that is under way: it may still write, for a
+        request that has ended, into a page that is free."""
+        self._wait_for_forwards()
+        self.memory.lend(slab)
+        self.packed.set_capacity(self.memory.slabs.packed_pages(len(self.memory.lent)))
+
+    def give_back(self, slab: int) -> None:
+        """The packed tier's last slab becomes the dense slab `slab`. What is packed there is moved before (`move_packed_pages`)."""
+        self.packed.set_capacity(self.memory.slabs.packed_pages(len(self.memory.lent) - 1))
+        self._wait_for_forwards()
+        self.memory.give_back(slab)
+
+    def move_packed_pages(self, sources: list[int], targets: list[int]) -> None:
+        with self._behind_forwards():
+            self.packed.move(sources, targets)
+
+    def move_dense_pages(self, sources: list[int], targets: list[int]) -> None:
+        """Copy whole dense pages, behind the forward that is under way; no page is in both lists."""
+        with self._behind_forwards():
+            here, there = (torch.tensor(pages, dtype=torch.int64, device=self.device) for pages in (sources, targets))
+            for buffer in (*self.k_buffer, *self.v_buffer):
+                pages = buffer.unflatten(0, (-1, PAGE_TOKENS))
+                pages[there] = pages[here]
+
+    @contextmanager
+    def _behind_forwards(self):
+        """Kernels launched here run on the stream of the forwards, after what was computed for them on the current one."""
         if self.forward_stream is None:
-            return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
-        self.forward_stream.wait_stream(torch.cuda.current_stream())  # `dense_slots` was computed there
+            yield
+            return
+        self.forward_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.forward_stream):
-            return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
+            yield
+
+    def _wait_for_forwards(self) -> None:
+        if self.packed.on_gpu:
+            (self.forward_stream or torch.cuda.current_stream()).synchronize()
 
     def packed_token_ids(self, pages: list[int]) -> torch.Tensor:
         """[len(pages) * 64] int64 ids that stand for the tokens of packed pages."""

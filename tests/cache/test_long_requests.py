@@ -129,7 +129,7 @@ def test_mode_exact_has_one_tier_and_sglangs_bounds():
     pool = SimpleNamespace(packed=None)
     worker = SimpleNamespace(model_runner=SimpleNamespace(token_to_kv_pool=pool), model_config=SimpleNamespace(context_len=4000))
     assert longest_request(lambda worker: info, worker) == info
-    pool.packed = SimpleNamespace(sizes=SimpleNamespace(packed_pages=10))
+    pool.packed, pool.most_tokens = "a tier", 1640
     assert longest_request(lambda worker: info, worker) == (1000, 1, 1, 1, 1639, 1634, "rest")
     worker.model_config.context_len = 1500
     assert longest_request(lambda worker: info, worker)[4:6] == (1499, 1494)

@@ -68,6 +68,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.evicting = False
         self.tree._drop, self.drop = self._checked_drop, self.tree._drop
         self.pool.pack_pages, self.pack_pages = self._recorded_pack, self.pool.pack_pages
+        self.pool.move_packed_pages, self.move_packed_pages = self._recorded_move, self.pool.move_packed_pages
         self.packed_values: dict[int, torch.Tensor] = {}  # page -> K of its tokens when it was packed
         poison_dense(self.allocator)  # what eviction and packing leave behind must never be read
 
@@ -230,6 +231,11 @@ class TwoTierMachine(RuleBasedStateMachine):
         values = self.pool.k_buffer[0][dense_slots, 0, 0].clone().split(P)
         self.packed_values.update(zip(pages, values, strict=True))
         return pages
+
+    def _recorded_move(self, sources, targets) -> None:
+        """Stands before the pool's `move_packed_pages`."""
+        self.move_packed_pages(sources, targets)
+        self.packed_values.update({target: self.packed_values.pop(source) for source, target in zip(sources, targets, strict=True)})
 
     def _packed_k(self, pages) -> torch.Tensor:
         """What attention reads from packed pages; of a lossy format, what was packed into them."""

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 class LiveRequests:
     """Requests that hold a row of `req_to_token`, by row index, with their packed run cached per tree epoch.
 
-    run_of_node(node) -> PackedRun walks the tree; epoch() changes whenever a walk may give another result.
+    run_of_node(node) -> PackedRun walks the tree; epoch() changes whenever a walk may give another result. ended: requests that held a
+    row and gave it back, since the start.
     """
 
     def __init__(self, run_of_node: Callable[[object], PackedRun], epoch: Callable[[], int]):
         self._run_of_node, self._epoch = run_of_node, epoch
+        self.ended = 0
         self.clear()
 
     def __len__(self) -> int:
@@ -40,7 +42,7 @@ class LiveRequests:
         self._requests[request.req_pool_idx] = request
 
     def unregister(self, request: Req) -> None:
-        self._requests.pop(request.req_pool_idx, None)
+        self.ended += self._requests.pop(request.req_pool_idx, None) is not None
         self._runs.pop(request.req_pool_idx, None)
 
     def start_forward(self, rows: list[int]) -> None:

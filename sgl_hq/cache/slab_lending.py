@@ -52,7 +52,8 @@ class SlabLending(RadixCache):
         """Lend until the packed tier has `pages` free ones, or as many slabs as may be."""
         if pages > self._packed.sizes.packed_pages:
             return
-        while self._packed.pages_free < pages and self._may_lend(0) and self._lend():
+        allocator = self.token_to_kv_pool_allocator
+        while self._packed.pages_free < pages and self._may_lend(allocator.available_size() + self.evictable_size_) and self._lend():
             pass
 
     def _spare_tokens(self, wanted: int) -> int:
@@ -60,17 +61,17 @@ class SlabLending(RadixCache):
         before the packed tier is full."""
         if self._memory is None or self._packed.pages_free - wanted // PAGE_TOKENS >= self._memory.slabs.pages:
             return 0
-        return self._slab_tokens if self._may_lend(wanted) else 0
+        return self._slab_tokens if self._may_lend(self.evictable_size_ - wanted) else 0
 
-    def _may_lend(self, wanted: int) -> bool:
-        """Another slab, when `wanted` dense tokens are in use."""
-        if self._memory is None or len(self._memory.lent) + 1 >= self._memory.slabs.slabs:
+    def _may_lend(self, unused: int) -> bool:
+        """Another slab, out of `unused` dense tokens, free or cold."""
+        if self._memory is None or len(self._memory.lent) + 1 >= self._memory.slabs.slabs or self.live.ended < self._no_slab_before:
             return False
-        left = self.token_to_kv_pool_allocator.available_size() + self.evictable_size_ - wanted - self._slab_tokens
-        return left * RESERVE_SHARE >= self.token_to_kv_pool_allocator.size
+        return (unused - self._slab_tokens) * RESERVE_SHARE >= self.token_to_kv_pool_allocator.size
 
     def _lend(self) -> bool:
-        """Lend a slab, if one is or can be made empty. Waits for the device."""
+        """Lend a slab, if one is or can be made empty. Waits for the device. If there is none, the search, a walk of the tree, is not
+        repeated until as many requests have ended as hold pages now."""
         allocator, per_slab = self.token_to_kv_pool_allocator, self._memory.slabs.pages
         if allocator.available_size() < self._slab_tokens:
             return False
@@ -82,6 +83,7 @@ class SlabLending(RadixCache):
         else:
             slab, free = self._emptied_slab(free)
             if slab is None:
+                self._no_slab_before = self.live.ended + len(self.live)
                 return False
         self._pool.lend(slab)
         self._set_free_pages(free[free // per_slab != slab])
@@ -150,7 +152,8 @@ class SlabLending(RadixCache):
         self._set_free_pages(np.sort(np.concatenate([free, np.arange(slab * per_slab, (slab + 1) * per_slab)])))
 
     def _give_all_back(self) -> None:
-        """Nothing is packed."""
+        """Nothing is packed or cached."""
+        self._no_slab_before = 0  # requests that must have ended before a slab is searched for again
         while self._memory is not None and self._memory.lent:
             self._give_back()
 

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize
 
+from sgl_hq.config import AUTO
 from sgl_hq.kernels.page_codec import EscapeOverflowError, NonFiniteError
 from sgl_hq.page_format import PAGE_TOKENS
-from two_tier_machine import TwoTierMachine
+from two_tier_machine import SINKS, TwoTierMachine
 
 TestTwoTierMachine = TwoTierMachine.TestCase
 TestTwoTierMachine.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
+
+
+class ElasticMachine(TwoTierMachine):
+    """Memory moves between the tiers in every run."""
+
+    @initialize(pack=st.sampled_from(["shared", "insert", "pressure"]), fmt=st.sampled_from(["bf16", SINKS]))
+    def start(self, pack, fmt):
+        TwoTierMachine.start(self, pack, AUTO, fmt)
+
+
+TestElasticMachine = ElasticMachine.TestCase
+TestElasticMachine.settings = TestTwoTierMachine.settings
 
 
 # ---- the machine must be able to fail: each mutant breaks one rule of the bookkeeping ---------------------------------
@@ -250,6 +266,96 @@ def _keeps_victims_out_of_the_order(monkeypatch, tree_class):
     monkeypatch.setattr(_Victims, "put_back", lambda self: None)
 
 
+def _lends_a_slab_with_a_page_in_use(monkeypatch, tree_class):
+    monkeypatch.setattr(np, "bincount", lambda ids, minlength, real=np.bincount: (lambda n: n + (n == 3))(real(ids, minlength=minlength)))
+
+
+def _copies_nothing_out_of_a_slab(monkeypatch, tree_class):
+    from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
+
+    monkeypatch.setattr(HQTokenToKVPool, "move_dense_pages", lambda self, sources, targets: None)
+
+
+def _counts_lent_pages_as_free(monkeypatch, tree_class):
+    original = tree_class._set_free_pages
+
+    def keep(self, pages):
+        before = self.token_to_kv_pool_allocator.free_pages
+        original(self, pages)
+        if len(pages) < len(before):
+            self.token_to_kv_pool_allocator.free_pages = before
+
+    monkeypatch.setattr(tree_class, "_set_free_pages", keep)
+
+
+def _forgets_the_pages_of_a_slab_that_comes_back(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_give_back", lambda self: self._pool.give_back(self._memory.lent[0]))
+
+
+def _gives_a_slab_back_twice(monkeypatch, tree_class):
+    original = tree_class._give_back
+
+    def give_back(self):
+        lent = list(self._memory.lent)
+        original(self)
+        self._memory.lent = lent
+
+    monkeypatch.setattr(tree_class, "_give_back", give_back)
+
+
+def _leaves_a_node_its_old_pages(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_hold_pages", lambda self, node, pages, real=tree_class._hold_pages: node.id in self._pages_of or real(self, node, pages))
+
+
+def _leaves_a_node_its_old_ids(monkeypatch, tree_class):
+    def hold(self, node, pages, real=tree_class._hold_pages):
+        value, was_packed = node.value, node.id in self._pages_of
+        real(self, node, pages)
+        if was_packed:
+            node.value = value
+
+    monkeypatch.setattr(tree_class, "_hold_pages", hold)
+
+
+def _moves_pages_without_telling_their_readers(monkeypatch, tree_class):
+    def move(self, capacity, real=tree_class._move_below):
+        epoch = self.epoch
+        real(self, capacity)
+        self.epoch = epoch
+
+    monkeypatch.setattr(tree_class, "_move_below", move)
+
+
+def _moves_books_without_bytes(monkeypatch, tree_class):
+    from sgl_hq.pool.packed_tier import PackedTier
+
+    def move(self, sources, targets, real=PackedTier.move):
+        self.records, records = [layer.clone() for layer in self.records], self.records
+        real(self, sources, targets)
+        self.records = records
+
+    monkeypatch.setattr(PackedTier, "move", move)
+
+
+def _loses_sinks_on_the_way(monkeypatch, tree_class):
+    from sgl_hq.pool.packed_tier import NO_SINK, PackedTier
+
+    def move(self, sources, targets, real=PackedTier.move):
+        real(self, sources, targets)
+        for target in targets:
+            self._sink_of_page[target] = NO_SINK
+
+    monkeypatch.setattr(PackedTier, "move", move)
+
+
+def _promises_all_that_is_lent(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_pinned_tokens", property(lambda self: 0))
+
+
+def _never_reclaims(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "_reclaim", lambda self: 0)
+
+
 FREE = [_keeps_dense_pages, _frees_dense_pages_twice, _drops_without_freeing, _drops_dense_without_freeing, _keeps_sinks, _flush_keeps_packed_pages]
 LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on_unlock, _drops_locked_packed_leaves]
 SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
@@ -258,8 +364,25 @@ ORDER = [_forgets_what_it_has_just_packed, _forgets_leaves_that_stay_dense, _ord
 DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
 
 
+LEND = [_lends_a_slab_with_a_page_in_use, _copies_nothing_out_of_a_slab, _counts_lent_pages_as_free, _promises_all_that_is_lent]
+RECLAIM = [_forgets_the_pages_of_a_slab_that_comes_back, _gives_a_slab_back_twice, _never_reclaims]
+MOVE = [
+    _leaves_a_node_its_old_pages, _leaves_a_node_its_old_ids, _moves_pages_without_telling_their_readers, _moves_books_without_bytes,
+    _loses_sinks_on_the_way,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *ORDER, *DEMOTE])
 def test_the_machine_catches_a_mutant(mutate, monkeypatch):
+    _caught(mutate, monkeypatch, TwoTierMachine)
+
+
+@pytest.mark.parametrize("mutate", [*LEND, *RECLAIM, *MOVE])
+def test_the_elastic_machine_catches_a_mutant(mutate, monkeypatch):
+    _caught(mutate, monkeypatch, ElasticMachine)
+
+
+def _caught(mutate, monkeypatch, machine) -> None:
     from hypothesis import Phase
     from hypothesis.internal.conjecture.providers import HypothesisProvider
     from hypothesis.stateful import run_state_machine_as_test
@@ -274,7 +397,7 @@ def test_the_machine_catches_a_mutant(mutate, monkeypatch):
         suppress_health_check=list(HealthCheck),
     )
     with pytest.raises((AssertionError, ExceptionGroup)):
-        run_state_machine_as_test(TwoTierMachine, settings=quick)
+        run_state_machine_as_test(machine, settings=quick)
 
 
 @pytest.mark.parametrize("reason", [NonFiniteError("NaN"), EscapeOverflowError("too many")], ids=repr)

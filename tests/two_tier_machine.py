@@ -69,6 +69,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.tree._drop, self.drop = self._checked_drop, self.tree._drop
         self.pool.pack_pages, self.pack_pages = self._recorded_pack, self.pool.pack_pages
         self.pool.move_packed_pages, self.move_packed_pages = self._recorded_move, self.pool.move_packed_pages
+        self.tree._emptied_slab, self.emptied_slab = self._checked_emptying, self.tree._emptied_slab
         self.packed_values: dict[int, torch.Tensor] = {}  # page -> K of its tokens when it was packed
         poison_dense(self.allocator)  # what eviction and packing leave behind must never be read
 
@@ -232,10 +233,19 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.packed_values.update(zip(pages, values, strict=True))
         return pages
 
+    def _checked_emptying(self, free):
+        """Stands before the tree's `_emptied_slab`, which may copy pages that nobody reads."""
+        values = lambda: [self.pool.k_buffer[0][n.value, 0, 0].clone() for n in self.tree.dense_nodes()]
+        before = values()
+        found = self.emptied_slab(free)
+        assert all(map(torch.equal, before, values())), "a cached page has other bytes after it was copied"
+        return found
+
     def _recorded_move(self, sources, targets) -> None:
         """Stands before the pool's `move_packed_pages`."""
         self.move_packed_pages(sources, targets)
-        self.packed_values.update({target: self.packed_values.pop(source) for source, target in zip(sources, targets, strict=True)})
+        values = [self.packed_values[source] for source in sources]
+        self.packed_values.update(dict.fromkeys(sources, torch.full((P,), float("nan"))) | dict(zip(targets, values, strict=True)))
 
     def _packed_k(self, pages) -> torch.Tensor:
         """What attention reads from packed pages; of a lossy format, what was packed into them."""

@@ -52,7 +52,6 @@ class ChunkStore(ABC):
             handles.append(self._create())
             self.chunks += 1
         self._put(target, first, handles)
-        self.bytes_of(target)[first * self.chunk_bytes : (first + count) * self.chunk_bytes].zero_()
 
     def move(self, source: ChunkRange, first: int, target: ChunkRange, at: int, count: int) -> None:
         """Unmap [first, first + count) of `source` and back the holes [at, at + count) of `target` with it. The bytes are undefined then."""

@@ -41,7 +41,12 @@ class CudaChunks(ChunkStore):
         self._ranges.append(where)
         if shared_holes:
             self._back(where, 0, [self._hole] * chunks)
+            self.bytes_of(where)[: self.chunk_bytes].zero_()  # what is masked is multiplied by 0, and must be finite for that
         return where
+
+    def create(self, target: ChunkRange, first: int, count: int) -> None:
+        super().create(target, first, count)
+        self.bytes_of(target)[first * self.chunk_bytes : (first + count) * self.chunk_bytes].zero_()
 
     def close(self) -> None:
         """Give everything back to the driver. No tensor of any range may be used after this."""

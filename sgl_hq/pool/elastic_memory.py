@@ -64,13 +64,17 @@ class ElasticMemory:
         self.lent = sorted([*self.lent, slab])
 
     def give_back(self, slab: int) -> None:
-        """The last chunks of the records become dense pages again, those of `slab`. No kernel under way may use them."""
+        """The last chunks of the records become dense pages again, those of `slab`, zeros: what follows a request's last token in its page
+        is read and masked, and as records it may be NaN. No kernel under way may use the chunks."""
         assert slab in self.lent, f"slab {slab} is given back, but {self.lent} are lent"
         for layer, (k, v) in enumerate(self._layers()):
             end = self._end(layer)
             self._store.move(self._arena, end - 2, k, slab, 1)
             self._store.move(self._arena, end - 1, v, slab, 1)
         self.lent.remove(slab)
+        slots = self.slabs.pages * PAGE_TOKENS
+        for buffer in (*self.k_buffers, *self.v_buffers):
+            buffer[slab * slots : (slab + 1) * slots] = 0
 
     def _layers(self) -> list[tuple[ChunkRange, ChunkRange]]:
         return list(zip(self._sides[: self.slabs.layers], self._sides[self.slabs.layers :]))

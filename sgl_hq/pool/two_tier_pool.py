@@ -111,7 +111,8 @@ class HQTokenToKVPool(MHATokenToKVPool):
         """The packed tier's last slab becomes the dense slab `slab`. What is packed there is moved before (`move_packed_pages`)."""
         self.packed.set_capacity(self.memory.slabs.packed_pages(len(self.memory.lent) - 1))
         self._wait_for_forwards()
-        self.memory.give_back(slab)
+        with self._behind_forwards():
+            self.memory.give_back(slab)
 
     def move_packed_pages(self, sources: list[int], targets: list[int]) -> None:
         with self._behind_forwards():

@@ -26,7 +26,7 @@ def build_poisoned(context):
 
 def _poison(pool) -> None:
     tier, pack, free = pool.packed, pool.pack_pages, pool.packed.free
-    tier.arena.fill_(NAN_BYTE)
+    tier.arena[:, : tier.pages_total].fill_(NAN_BYTE)  # of elastic tiers, there is no memory behind the others
 
     def behind_the_forwards():
         return torch.cuda.stream(pool.forward_stream or torch.cuda.current_stream())

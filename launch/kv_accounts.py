@@ -3,7 +3,8 @@
 The dense tier is read from two gauges of /metrics that SGLang itself keeps, `sglang:max_total_num_tokens` (slots) and
 `sglang:kv_available_tokens` (free slots; updated on every prefill, on every decode step with --decode-log-interval 1, and
 once when the scheduler falls idle). The packed tier is read from the `hq` block of /server_info and, while requests run, from
-two gauges of the same /metrics answer; only our plugin adds them.
+three gauges of the same /metrics answer; only our plugin adds them. Dense pages lent to the packed tier are not free for SGLang,
+and hold nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from sgl_hq.launch.prometheus_text import Sample
 from sgl_hq.launch.sampling_thread import SamplingThread
 from sgl_hq.launch.server_process import ServerFailed, ServerProcess
-from sgl_hq.metrics.catalogue import PACKED_BYTES, PACKED_PAGES
+from sgl_hq.metrics.catalogue import LENT_PAGES, PACKED_BYTES, PACKED_PAGES
 from sgl_hq.page_format import PAGE_TOKENS
 
 BF16_BYTES = 2
@@ -66,7 +67,8 @@ def read_accounts(samples: Sequence[Sample], hq: dict[str, Any] | None, token_by
             raise AccountsError(f"The server reports {reported:.0f} bytes of KV cache, its {slots} slots make {allocated}")
         return KvAccounts(dense_tokens, 0, dense_tokens * token_bytes, allocated, 0)
     dense, packed = hq["dense"], hq["packed"]
-    books = (dense["tokens_total"], dense["tokens_total"] - dense["tokens_free"], dense["bytes_per_token"])
+    lent = packed["dense_pages_lent"] * PAGE_TOKENS
+    books = (dense["tokens_total"], dense["tokens_total"] - dense["tokens_free"] - lent, dense["bytes_per_token"])
     if books != (slots, dense_tokens, token_bytes):
         raise AccountsError(
             f"Dense slots, resident tokens and bytes per token are {books} in /server_info "
@@ -83,7 +85,8 @@ def read_accounts(samples: Sequence[Sample], hq: dict[str, Any] | None, token_by
 
 def resident_dense_tokens(samples: Sequence[Sample]) -> int:
     """Dense slots that hold KV of live or cached tokens."""
-    return int(gauge(samples, "sglang:max_total_num_tokens") - gauge(samples, "sglang:kv_available_tokens"))
+    lent = sum(s.value for s in samples if s.name == LENT_PAGES) * PAGE_TOKENS  # an arm without the plugin has no such gauge
+    return int(gauge(samples, "sglang:max_total_num_tokens") - gauge(samples, "sglang:kv_available_tokens") - lent)
 
 
 def gauge(samples: Sequence[Sample], name: str) -> float:

@@ -77,8 +77,14 @@ def _reading(now: Scrape, before: Scrape) -> Table:
     total = now.get(names.GROUP_SIZE + "_sum"), now.get(names.GROUP_SIZE + "_count")
     table.add_row("requests a group, mean", _ratio(requests, groups), _ratio(*total))
     table.add_row("packed fraction of resident tokens", f"{now.get(names.PACKED_FRACTION):.2f}", "")
+    table.add_row("dense pages lent to the packed tier", f"{now.get(names.LENT_PAGES):,.0f}", _slabs(now))
     table.add_row("requests that hold KV", f"{now.get(names.LIVE_REQUESTS):.0f}", "")
     return table
+
+
+def _slabs(now: Scrape) -> str:
+    lent, back = (now.get(names.SLABS_MOVED, operation=operation) for operation in ("lend", "reclaim"))
+    return f"{lent:,.0f} slabs lent, {back:,.0f} had back"
 
 
 def _pages(now: Scrape, before: Scrape) -> Table:

@@ -45,4 +45,5 @@ class Monitor:
 
     def _on_tier_changed(self) -> None:
         self._changed = True
-        self._exporter.export_at_once({"packed": server_state.packed_in_use(self._sources.tree.packed_tier)})
+        tree = self._sources.tree
+        self._exporter.export_at_once({"packed": server_state.packed_in_use(tree.packed_tier, tree.lent_tokens)})

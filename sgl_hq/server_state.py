@@ -1,7 +1,8 @@
 """The `hq` block of /server_info: what is resident where, and what has happened so far. The metrics are read from it too.
 
 Only msgpack-native values. `used` is what holds KV of live or cached tokens now; `allocated` is what was taken from
-the machine at start. Comparisons of arms must use the same one of the two on both sides.
+the machine at start. Comparisons of arms must use the same one of the two on both sides. Where memory moves between the tiers, what is
+allocated to each is what it has at present, and the sum is that of the start; `lent` pages of the dense tier do not exist meanwhile.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
     tree, backend, pool = sources.tree, sources.backend, sources.allocator.get_kvcache()
     config, packed = pool.config, pool.packed
     layouts = [codec.layout for codec in packed.codecs] if packed else []
-    dense = _dense(pool, sources.allocator.available_size(), tree.evictable_size())
+    lent = tree.lent_tokens
+    dense = _dense(pool, sources.allocator.available_size(), tree.evictable_size_, lent)
     packed_tokens = packed.pages_used * PAGE_TOKENS if packed else 0
-    resident = packed_tokens + dense["tokens_total"] - dense["tokens_free"]
+    resident = packed_tokens + dense["tokens_total"] - dense["tokens_free"] - lent
     read, attended = backend.packed_tokens_read, backend.packed_tokens_attended
     return {
         "active": True,
@@ -44,7 +46,7 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
         "layout_version": LAYOUT_VERSION,
         "stored_bits_per_value": mean_stored_bits(layouts, STATED_PREFIX_TOKENS) if layouts else 16.0,
         "dense": dense,
-        "packed": _packed(packed, tree.packed_live_pages) if packed else dict.fromkeys(_PACKED, 0),
+        "packed": _packed(packed, tree.packed_live_pages, lent) if packed else dict.fromkeys(_PACKED, 0),
         "packed_token_fraction": packed_tokens / resident if resident else 0.0,
         "workspace_bytes": backend.workspace_bytes,
         "live_requests": len(tree.live),
@@ -62,33 +64,35 @@ def costly_figures(sources: Sources) -> dict[str, Any]:
     return {"metadata_bytes": sources.tree.metadata_bytes + (packed.metadata_bytes if packed else 0)}
 
 
-def packed_in_use(packed) -> dict[str, int]:
-    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier."""
-    return {"pages_used": packed.pages_used, "bytes_used": packed.bytes_used}
+def packed_in_use(packed, lent: int) -> dict[str, int]:
+    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier; lent: dense tokens whose memory it has."""
+    return {"pages_used": packed.pages_used, "bytes_used": packed.bytes_used, "dense_pages_lent": lent // PAGE_TOKENS}
 
 
-def _dense(pool, free: int, cached: int) -> dict[str, int]:
-    """free, cached: tokens; SGLang hands out whole pages. Live: read by running requests, cached: by none."""
+def _dense(pool, free: int, cached: int, lent: int) -> dict[str, int]:
+    """free, cached, lent: tokens; SGLang hands out whole pages. Live: read by running requests, cached: by none. The total is SGLang's,
+    lent ones included."""
     per_token = pool.shape.dense_bytes_per_token
-    tokens = {"free": free, "cached": cached, "live": pool.size - free - cached}
+    tokens = {"free": free, "cached": cached, "live": pool.size - free - cached - lent}
     return {
         "tokens_total": pool.size,
         "tokens_free": free,
         "bytes_per_token": per_token,
         "bytes_allocated": pool.dense_bytes_allocated,
-        "bytes_used": (pool.size - free) * per_token,
+        "bytes_used": (tokens["cached"] + tokens["live"]) * per_token,
         **{f"pages_{state}": n // PAGE_TOKENS for state, n in tokens.items()},
         **{f"bytes_{state}": n * per_token for state, n in tokens.items()},
     }
 
 
-def _packed(packed, live: int) -> dict[str, int]:
-    """live: pages that running requests read."""
+def _packed(packed, live: int, lent: int) -> dict[str, int]:
+    """live: pages that running requests read; lent: dense tokens whose memory is here. pages_most: the largest total there can be."""
     page_bytes = packed.page_bytes
     pages = {"free": packed.pages_free, "live": live, "cached": packed.pages_used - live}
     values = {
-        "pages_total": packed.sizes.packed_pages,
-        **packed_in_use(packed),
+        "pages_total": packed.pages_total,
+        "pages_most": packed.sizes.packed_pages,
+        **packed_in_use(packed, lent),
         "page_bytes": page_bytes,
         "sinks_total": packed.sizes.sinks,
         "sinks_free": packed.sinks_free,
@@ -103,6 +107,6 @@ def _packed(packed, live: int) -> dict[str, int]:
 
 
 _PACKED = (
-    "pages_total", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes", "sinks_total", "sinks_free", "sinks_used",
+    "pages_total", "pages_most", "dense_pages_lent", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes", "sinks_total", "sinks_free", "sinks_used",
     "sink_bytes", "bytes_allocated", "bytes_free", "bytes_live", "bytes_cached", "bytes_used",
 )  # fmt: skip

@@ -27,11 +27,12 @@ class Reading(Enum):
         "the buffers that reading packed pages needs, from /server_info"
     )
     USED = (
-        "sampled from /metrics: (sglang:max_total_num_tokens - sglang:kv_available_tokens) x bytes of a dense token, "
+        "sampled from /metrics: (sglang:max_total_num_tokens - sglang:kv_available_tokens - 64 x sglang:hq_dense_pages_lent) x bytes of a dense token, "
         "plus sglang:hq_packed_bytes_used"
     )
     RESIDENT = (
-        "sampled from /metrics: sglang:max_total_num_tokens - sglang:kv_available_tokens, plus 64 x sglang:hq_packed_pages_used"
+        "sampled from /metrics: sglang:max_total_num_tokens - sglang:kv_available_tokens - 64 x sglang:hq_dense_pages_lent, plus "
+        "64 x sglang:hq_packed_pages_used"
     )
     PACKED = "sampled from /metrics: 64 x sglang:hq_packed_pages_used; 0 where there is no packed tier"
     RUNNING = "sampled from /metrics: sglang:num_running_reqs"

@@ -38,8 +38,8 @@ def hold_to_dense_tier(tree: PackingRadixCache, dense_tokens: int, request: Req)
     if need + 1 >= room:
         request.set_finish_with_abort(
             f"sgl_hq: the request needs {need} tokens of KV that are not packed, and the dense tier holds {dense_tokens}: shorten it, send "
-            "its beginning as a request of its own first (cached and packed, it takes nothing of the dense tier), lower "
-            "--hq-packed-fraction or raise the KV budget"
+            f"its beginning as a request of its own first (cached and packed, it takes {'less' if tree.elastic else 'nothing'} of the dense "
+            f"tier), {'' if tree.elastic else 'lower --hq-packed-fraction '}or raise the KV budget"
         )
         request.init_next_round_input(tree)  # one token is left of it, and one step
         need = room - 2

@@ -9,7 +9,7 @@ from sgl_hq.page_format import PAGE_TOKENS
 from sgl_hq.pool.packed_tier import PackedTier
 from sgl_hq.rate_limited_log import RateLimitedLog
 
-_MORE_ROOM = "raise --hq-packed-fraction, --max-total-tokens or --mem-fraction-static"
+_MORE_MEMORY = "--max-total-tokens or --mem-fraction-static"
 
 
 class RefusalLog:
@@ -19,22 +19,24 @@ class RefusalLog:
 
     def no_room(self, pages: int, needed: int, tier: PackedTier, live_pages: int) -> None:
         """pages: of the node; needed: of these, at once (all, or 1 under pressure); live_pages: packed pages of running requests."""
-        total, free = tier.sizes.packed_pages, tier.pages_free
+        total, free, most = tier.pages_total, tier.pages_free, tier.sizes.packed_pages
+        more_room = f"raise {_MORE_MEMORY}" if tier.elastic else f"raise --hq-packed-fraction, {_MORE_MEMORY}"
+        there_are = f"{free} of {total} packed pages are free" + (", and the dense tier can spare no memory for more now" if total < most else "")
         what = f"sgl_hq: {pages} pages ({pages * PAGE_TOKENS} tokens) of a prefix are not packed"
-        if needed > total:
+        if needed > most:
             self._refuse("too_large", lambda: (
-                f"{what}: the packed tier has {total} pages in all, {needed - total} too few. To pack such prefixes {_MORE_ROOM}"
+                f"{what}: the packed tier has {most} pages in all, {needed - most} too few. To pack such prefixes {more_room}"
             ))  # fmt: skip
         elif needed > free:
             self._refuse("no_pages", lambda: (
-                f"{what}: {free} of {total} packed pages are free, {needed - free} are missing; {live_pages} are read by running requests, "
-                f"{total - free - live_pages} were used later or lead to pages that were. To pack more {_MORE_ROOM}, or run fewer requests at once"
+                f"{what}: {there_are}, {needed - free} are missing; {live_pages} are read by running requests, "
+                f"{total - free - live_pages} were used later or lead to pages that were. To pack more {more_room}, or run fewer requests at once"
             ))  # fmt: skip
         else:
             sinks = tier.sizes.sinks
             self._refuse("no_sinks", lambda: (
                 f"{what}: they begin a sequence, and all {sinks} slots for first tokens are taken, 1 is missing; {free} of {total} packed pages "
-                f"are free, so packed prefixes are short. To pack more of them {_MORE_ROOM}, or choose a format without sinks (`sgl-hq formats`)"
+                f"are free, so packed prefixes are short. To pack more of them {more_room}, or choose a format without sinks (`sgl-hq formats`)"
             ))  # fmt: skip
 
     def unpackable(self, pages: int, reason: Exception) -> None:

@@ -33,6 +33,11 @@ class SlabLending(RadixCache):
         return self.protected_size_ + self._pinned_tokens
 
     @property
+    def elastic(self) -> bool:
+        """Memory moves between the tiers."""
+        return self._memory is not None
+
+    @property
     def lent_tokens(self) -> int:
         """Dense tokens that are not there at present."""
         return len(self._memory.lent) * self._slab_tokens if self._memory is not None else 0

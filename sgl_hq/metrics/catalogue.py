@@ -11,10 +11,11 @@ from typing import Any
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
 
-# Set at once when pages are packed or dropped, the others at most once a second: `launch/kv_accounts.py` compares these two with
+# Set at once when pages are packed or dropped, the others at most once a second: `launch/kv_accounts.py` compares these three with
 # SGLang's own gauge of dense tokens while requests run.
 PACKED_PAGES = "sglang:hq_packed_pages_used"
 PACKED_BYTES = "sglang:hq_packed_bytes_used"
+LENT_PAGES = "sglang:hq_dense_pages_lent"
 
 INFO = "sglang:hq_info"
 PAGES = "sglang:hq_pages"
@@ -25,6 +26,7 @@ REUSE_FACTOR = "sglang:hq_reuse_factor"
 LIVE_REQUESTS = "sglang:hq_live_requests"
 WORKSPACE_BYTES = "sglang:hq_workspace_bytes"
 PAGES_MOVED = "sglang:hq_pages_moved_total"
+SLABS_MOVED = "sglang:hq_slabs_moved_total"
 REFUSALS = "sglang:hq_refusals_total"
 TOKENS_READ = "sglang:hq_packed_tokens_read_total"
 TOKENS_ATTENDED = "sglang:hq_packed_tokens_attended_total"
@@ -84,18 +86,24 @@ def _moved(hq) -> dict[Labels, Any]:
     }
 
 
+def _slabs_moved(hq) -> dict[Labels, Any]:
+    return {("lend",): hq["counters"]["slabs_lent"], ("reclaim",): hq["counters"]["slabs_reclaimed"]}
+
+
 CATALOGUE: tuple[Metric, ...] = (
     Metric(INFO, GAUGE, "1; what is served.", _info, ("version", "format", "pack", "gate", "layout_version")),
-    Metric(PAGES, GAUGE, "Pages of 64 tokens: free, live (read by running requests) or cached.", _states("pages"), ("tier", "state")),
+    Metric(PAGES, GAUGE, "Pages of 64 tokens: free, live (read by running requests) or cached; lent ones are left out.", _states("pages"), ("tier", "state")),
     Metric(BYTES, GAUGE, "The same in bytes, sink slots of packed pages left out.", _states("bytes"), ("tier", "state")),
     Metric(SINKS, GAUGE, "Sink slots of the packed tier.", lambda hq: {(s,): hq["packed"]["sinks_" + s] for s in ("free", "used")}, ("state",)),
     Metric(PACKED_PAGES, GAUGE, "Pages in the packed tier.", _one("packed", "pages_used"), at_once=True),
     Metric(PACKED_BYTES, GAUGE, "Bytes of the packed tier that hold KV, sink slots included.", _one("packed", "bytes_used"), at_once=True),
+    Metric(LENT_PAGES, GAUGE, "Dense pages whose memory the packed tier has at present.", _one("packed", "dense_pages_lent"), at_once=True),
     Metric(PACKED_FRACTION, GAUGE, "Packed share of the resident tokens; 0 when none is.", _one("packed_token_fraction")),
     Metric(REUSE_FACTOR, GAUGE, "Packed tokens attended / read since the start; 0 before the first.", _one("reuse_factor")),
     Metric(LIVE_REQUESTS, GAUGE, "Requests that hold KV.", _one("live_requests")),
     Metric(WORKSPACE_BYTES, GAUGE, "Device bytes of plans and partial results.", _one("workspace_bytes")),
     Metric(PAGES_MOVED, COUNTER, "Pages packed, packed in place of an eviction (demote), dropped by tier.", _moved, ("operation",)),
+    Metric(SLABS_MOVED, COUNTER, "Parts of memory lent to the packed tier, and had back under pressure.", _slabs_moved, ("operation",)),
     Metric(REFUSALS, COUNTER, "Nodes that were to be packed and were not.", _by_key("counters", "refused"), ("reason",)),
     Metric(TOKENS_READ, COUNTER, "Packed tokens read, once per group and forward.", _one("counters", "packed_tokens_read")),
     Metric(TOKENS_ATTENDED, COUNTER, "The same, once per request of the group.", _one("counters", "packed_tokens_attended")),

@@ -65,6 +65,11 @@ class PackedTier:
     # ---- books -------------------------------------------------------------------------------------------------
 
     @property
+    def elastic(self) -> bool:
+        """Its capacity changes."""
+        return self._memory is not None
+
+    @property
     def pages_free(self) -> int:
         return len(self._free_pages)
 

@@ -22,7 +22,7 @@ def said(caplog):
 
 
 def _tier(pages: int, free: int, sinks: int = 4):
-    return SimpleNamespace(sizes=SimpleNamespace(packed_pages=pages, sinks=sinks), pages_free=free)
+    return SimpleNamespace(sizes=SimpleNamespace(packed_pages=pages, sinks=sinks), pages_total=pages, pages_free=free, elastic=False)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,16 @@ def test_a_shortage_says_what_is_missing_and_what_to_change(said, pages, needed,
     assert said.counters.refused == dict.fromkeys(REFUSALS, 0) | {reason: 1}
     [line] = said.lines()
     assert all(word in line for word in words), line
+
+
+def test_where_memory_moves_no_fraction_is_to_be_raised(said):
+    tier = SimpleNamespace(sizes=SimpleNamespace(packed_pages=40, sinks=4), pages_total=10, pages_free=2, elastic=True)
+    said.log.no_room(6, 6, tier, 8)
+    said.log.no_room(50, 50, tier, 8)
+    first, second = said.lines()
+    assert "2 of 10 packed pages are free, and the dense tier can spare no memory for more now, 4 are missing" in first
+    assert "has 40 pages in all, 10 too few" in second
+    assert all("raise --max-total-tokens or" in line and "--hq-packed-fraction" not in line for line in (first, second))
 
 
 def test_values_a_format_cannot_hold_are_named(said):

@@ -30,7 +30,7 @@ HQ = {
     "stored_bits_per_value": 5.8,
     "metadata_bytes": 1000,
     "dense": {"tokens_total": 640, "tokens_free": 512, "bytes_per_token": TOKEN_BYTES, "bytes_allocated": 704 * TOKEN_BYTES},
-    "packed": {"pages_used": 6, "bytes_used": 3_200_000, "bytes_allocated": 10_000_000},
+    "packed": {"pages_used": 6, "bytes_used": 3_200_000, "bytes_allocated": 10_000_000, "dense_pages_lent": 0},
 }
 REQUIRED = (
     "arm format phase concurrency requests prompt_tokens cached_tokens reuse_factor packed_fraction kv_bytes_used "

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_hq.metrics.bins import GROUP_REQUESTS, NO_GROUPS, NO_TIMES, Bins
-from sgl_hq.metrics.catalogue import CATALOGUE, PACKED_BYTES, PACKED_PAGES, PAGES, REFUSALS
+from sgl_hq.metrics.catalogue import CATALOGUE, LENT_PAGES, PACKED_BYTES, PACKED_PAGES, PAGES, REFUSALS
 
 
 @given(st.lists(st.integers(1, 400)))
@@ -26,10 +26,10 @@ def block(groups=(), packs=(), read=0, refused=0, pages=0):
     tier = {f"{what}_{state}": pages for what in ("pages", "bytes") for state in ("free", "live", "cached", "used")}
     return {
         "version": "1", "format": "hq6", "pack": "shared", "gate": {"verdict": "passed"}, "layout_version": 1,
-        "dense": tier, "packed": tier | {"sinks_free": 1, "sinks_used": 2}, "packed_token_fraction": 0.5, "reuse_factor": 2.0,
+        "dense": tier, "packed": tier | {"sinks_free": 1, "sinks_used": 2, "dense_pages_lent": 5}, "packed_token_fraction": 0.5, "reuse_factor": 2.0,
         "live_requests": 3, "workspace_bytes": 4,
         "counters": {
-            "pages_packed": 9, "pages_demoted": 2, "pages_dropped": 3, "dense_pages_dropped": 4, "refused": {"no_pages": refused},
+            "pages_packed": 9, "pages_demoted": 2, "pages_dropped": 3, "dense_pages_dropped": 4, "slabs_lent": 3, "slabs_reclaimed": 1, "refused": {"no_pages": refused},
             "packed_tokens_read": read, "packed_tokens_attended": 2 * read,
         },
         "group_requests": Bins.of(GROUP_REQUESTS, groups).describe(),
@@ -73,9 +73,9 @@ def test_every_export_adds_only_what_is_new(exporter):
 
 
 def test_figures_of_the_packed_tier_are_set_at_once(exporter):
-    exporter.export_at_once({"packed": {"pages_used": 7, "bytes_used": 700}})
+    exporter.export_at_once({"packed": {"pages_used": 7, "bytes_used": 700, "dense_pages_lent": 320}})
     assert (sample(PACKED_PAGES), sample(PACKED_BYTES)) == (7, 700)
-    assert {m.name for m in CATALOGUE if m.at_once} == {PACKED_PAGES, PACKED_BYTES}
+    assert {m.name for m in CATALOGUE if m.at_once} == {PACKED_PAGES, PACKED_BYTES, LENT_PAGES}
 
 
 class Spy:
@@ -97,8 +97,8 @@ def test_a_busy_server_exports_once_a_second_and_an_idle_one_once(monkeypatch):
     now = SimpleNamespace(s=100.0)
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now.s)
     monkeypatch.setattr(server_state, "figures", lambda *_: {})
-    monkeypatch.setattr(server_state, "packed_in_use", lambda _: {})
-    tree, spy = SimpleNamespace(packed_tier=None), Spy()
+    monkeypatch.setattr(server_state, "packed_in_use", lambda *_: {})
+    tree, spy = SimpleNamespace(packed_tier=None, lent_tokens=0), Spy()
     watch = monitor.Monitor(server_state.Sources(tree, None, None, {}), spy, None)
     for _ in range(100):  # 1.98 s of batches
         watch.batch_done()

@@ -38,7 +38,18 @@ class DemotingEviction(SlabLending):
         if self._packed is None or self.disable:
             return super().evict(params)
         start_time, freed = time.perf_counter(), 0
-        wanted = params.num_tokens + self._spare_tokens(params.num_tokens)
+        if spare := self._spare_tokens(params.num_tokens):
+            freed = self._evict_dense(spare)
+            freed -= spare if freed >= spare and self._lend() else 0
+        freed += self._evict_dense(params.num_tokens - freed)
+        while freed < params.num_tokens and (back := self._reclaim()):
+            freed += back
+        self.update_eviction_metrics(freed, start_time)
+        return EvictResult(num_tokens_evicted=freed)
+
+    def _evict_dense(self, wanted: int) -> int:
+        """Pack or drop cold dense nodes until `wanted` dense tokens are free; returns how many are, fewer when no node is left."""
+        freed = 0
         while freed < wanted and (leaf := self._dense_order.pop()):
             freed += self._demote(leaf, wanted - freed)
             if leaf.id in self._pages_of:
@@ -48,12 +59,7 @@ class DemotingEviction(SlabLending):
             else:
                 freed += len(leaf.key)
                 self._drop(leaf)
-        while freed < params.num_tokens and (back := self._reclaim()):
-            freed += back
-        if params.num_tokens < wanted <= freed and self._lend():
-            freed -= wanted - params.num_tokens
-        self.update_eviction_metrics(freed, start_time)
-        return EvictResult(num_tokens_evicted=freed)
+        return freed
 
     def _demote(self, leaf: TreeNode, wanted: int) -> int:
         """Pack the dense part of the path to `leaf`, from the top, until `wanted` dense tokens are free; returns how many are.

@@ -62,8 +62,8 @@ class SlabLending(RadixCache):
             pass
 
     def _spare_tokens(self, wanted: int) -> int:
-        """Dense tokens to evict beyond the `wanted` ones, for a slab to lend: that it is emptied by packing takes room, so it is wanted
-        before the packed tier is full."""
+        """Dense tokens to evict before the `wanted` ones, for a slab to lend. Packing them takes room, so a slab is lent while there is
+        some left, and for the `wanted` ones there is more then."""
         if self._memory is None or self._packed.pages_free - wanted // PAGE_TOKENS >= self._memory.slabs.pages:
             return 0
         return self._slab_tokens if self._may_lend(self.evictable_size_ - wanted) else 0

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sgl_hq.kernels.page_codec import PageCodec, UnpackablePageError
@@ -210,19 +211,19 @@ class PackedTier:
 
     def set_capacity(self, pages: int) -> None:
         """From now on there are the pages [0, `pages`), those of them free that were not there before. A page that ceases is free."""
-        free = [page for page in self._free_pages if page < pages]
-        assert len(self._free_pages) - len(free) == max(0, self.pages_total - pages), "a page in use would cease to be"
-        new = range(self.pages_total, pages)
-        self._free_pages = array("i", sorted([*free, *new], reverse=True))  # `write` takes from the end: low pages first
+        before = np.array(self._free_pages, np.intc)
+        free = before[before < pages]
+        assert len(before) - len(free) == max(0, self.pages_total - pages), "a page in use would cease to be"
+        self._set_free(np.concatenate([free, np.arange(self.pages_total, pages, dtype=np.intc)]))
         self.pages_total = pages
 
     def moves_below(self, pages: int) -> tuple[list[int], list[int]]:
         """Pages in use from `pages` on, and as many free ones below it, the lowest, where they may `move`."""
-        free = set(self._free_pages)
-        sources = [page for page in range(pages, self.pages_total) if page not in free]
-        targets = sorted(page for page in free if page < pages)[: len(sources)]
+        free = np.sort(np.array(self._free_pages, np.intc))
+        sources = np.setdiff1d(np.arange(pages, self.pages_total), free)
+        targets = free[free < pages][: len(sources)]
         assert len(targets) == len(sources), "what is in use does not fit below"
-        return sources, targets
+        return sources.tolist(), targets.tolist()
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """The records of `sources` to the free pages `targets`, which are in use then, and `sources` are free. Sinks stay in their slots."""
@@ -231,8 +232,11 @@ class PackedTier:
             layer[there] = layer[here]
         for source, target in zip(sources, targets, strict=True):
             self._sink_of_page[target], self._sink_of_page[source] = self._sink_of_page[source], NO_SINK
-        taken = set(targets)
-        self._free_pages = array("i", [*sources, *(page for page in self._free_pages if page not in taken)])
+        self._set_free(np.concatenate([np.setdiff1d(np.array(self._free_pages, np.intc), targets), np.array(sources, np.intc)]))
+
+    def _set_free(self, pages: np.ndarray) -> None:
+        """`write` takes from the end: low pages first, so that the last slab empties out."""
+        self._free_pages = array("i", np.sort(pages)[::-1].astype(np.intc).tobytes())
 
     def free(self, pages: list[int]) -> None:
         for page in pages:

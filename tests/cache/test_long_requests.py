@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from two_tier_machine import DENSE_PAGES, P, TwoTierMachine, prompt
+from sgl_hq.config import AUTO
+from two_tier_machine import DENSE_PAGES, SINKS, P, TwoTierMachine, prompt
 
 DENSE = DENSE_PAGES * P
 
@@ -60,7 +61,7 @@ def _admit(machine: TwoTierMachine, request):
 
 @settings(deadline=None)
 @given(
-    pack=st.sampled_from(["shared", "insert", "pressure"]), packed_fraction=st.sampled_from([0.2, 0.5, 0.7]),
+    pack=st.sampled_from(["shared", "insert", "pressure"]), packed_fraction=st.sampled_from([0.2, 0.5, 0.7, AUTO]),
     cached=st.integers(0, 10), more=st.integers(1, 2 * DENSE), answer=st.integers(1, 2 * DENSE),
 )  # fmt: skip
 def test_an_idle_server_places_every_request_or_ends_it(pack, packed_fraction, cached, more, answer):
@@ -73,9 +74,10 @@ def test_an_idle_server_places_every_request_or_ends_it(pack, packed_fraction, c
     if request.to_finish is None:
         assert 1 <= request.sampling_params.max_new_tokens <= answer
         packed = machine.tree.packed_run(request.last_node).tokens
-        assert len(request.origin_input_ids) - packed + request.sampling_params.max_new_tokens < DENSE
+        dense = machine.dense_tokens - machine.tree.pinned_tokens(packed // P)
+        assert len(request.origin_input_ids) - packed + request.sampling_params.max_new_tokens < dense
     else:
-        assert more > DENSE - 3 * P - cached * P  # nothing shorter is refused
+        assert more > machine.dense_tokens - 3 * P - cached * P  # nothing shorter is refused
     machine.tree.dec_lock_ref(request.last_node)
     machine.no_token_is_lost()
 
@@ -112,6 +114,20 @@ def test_an_answer_is_cut_to_the_dense_tier():
     request = _request(machine, prompt(0, 0, 100, 1), answer=5000)
     _admit(machine, request)
     assert request.sampling_params.max_new_tokens == DENSE - 2 * P - P - 1  # two pages of prompt, one that SGLang keeps back
+
+
+def test_where_memory_moves_a_packed_prefix_takes_the_bytes_it_has():
+    """Records of sink4-K8V8 have 55 % of a dense page's bytes: 10 pages of prefix take 6."""
+    machine = TwoTierMachine()
+    machine.start(pack="insert", packed_fraction=AUTO, fmt=SINKS)
+    _cache(machine, 10)
+    assert machine.tree.pinned_tokens(10) == 6 * P
+    fits, too_long = (machine.dense_tokens - (6 + pages) * P for pages in (2, 1))
+    for own, ends in ((fits, False), (too_long, True)):
+        request = _request(machine, prompt(0, 10, own, 1), answer=P // 2)
+        _admit(machine, request)
+        assert (request.to_finish is not None) == ends
+        machine.tree.dec_lock_ref(request.last_node)
 
 
 def test_what_can_never_be_placed_ends_with_the_reason():

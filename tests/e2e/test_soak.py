@@ -22,16 +22,18 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "45"))
 # and both tiers together hold less than the families' texts.
 LONGEST, BUDGET, PACKED_FRACTION = (8100, 12288, 0.3) if SECONDS >= 600 else (1900, 4096, 0.2)
 LOAD = Load(clients=6, families=4, longest=LONGEST, new_tokens=8)
-ARGS = ["--max-total-tokens", str(BUDGET), "--hq-packed-fraction", str(PACKED_FRACTION), "--chunked-prefill-size", "1024",
+ARGS = ["--max-total-tokens", str(BUDGET), "--chunked-prefill-size", "1024",
         "--grammar-backend", "none", "--random-seed", "0"]  # fmt: skip
 # A request that is never let go holds its token ids and log-probabilities: tens of kB, of which the long run has thousands. In the short
 # one, memory that PyTorch and the C library keep for reuse still grows (46 MiB were seen): only what is lost in large pieces shows.
 HOST_GROWTH = (32 if SECONDS >= 600 else 128) * MIB
 
 
-@pytest.fixture(scope="module", params=["bf16", "hq7"])
+@pytest.fixture(scope="module", params=[("bf16", PACKED_FRACTION), ("hq7", "auto")], ids=lambda p: f"{p[0]}-{p[1]}")
 def server(request, model):
-    server = ServerProcess(str(model), [*ARGS, "--hq-format", request.param], env=STRICT_CHECKS, start_timeout_s=600, stop_grace_s=0)
+    fmt, fraction = request.param
+    args = [*ARGS, "--hq-format", fmt, "--hq-packed-fraction", str(fraction)]
+    server = ServerProcess(str(model), args, env=STRICT_CHECKS, start_timeout_s=600, stop_grace_s=0)
     server.argv[1:3] = [checked_server.__file__]
     with server:
         yield server

@@ -9,6 +9,8 @@ The life of a page, each stage naming its file:
 5. grouped attention, merge  `attention/hq_attn_backend.py`    every packed page once per group (`attention/grouping.py`),
                                                                dense rest by the user's backend, states merged
 
+With `--hq-packed-fraction auto` memory moves between 1 and 3: `cache/slab_lending.py` decides, `pool/elastic_memory.py` does it.
+
 `plugin.register()` is the only function that touches SGLang; importing this package changes nothing.
 """
 

@@ -107,6 +107,6 @@ def _packed(packed, live: int, lent: int) -> dict[str, int]:
 
 
 _PACKED = (
-    "pages_total", "pages_most", "dense_pages_lent", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes", "sinks_total", "sinks_free", "sinks_used",
-    "sink_bytes", "bytes_allocated", "bytes_free", "bytes_live", "bytes_cached", "bytes_used",
+    "pages_total", "pages_most", "dense_pages_lent", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes",
+    "sinks_total", "sinks_free", "sinks_used", "sink_bytes", "bytes_allocated", "bytes_free", "bytes_live", "bytes_cached", "bytes_used",
 )  # fmt: skip

@@ -305,7 +305,11 @@ def _gives_a_slab_back_twice(monkeypatch, tree_class):
 
 
 def _leaves_a_node_its_old_pages(monkeypatch, tree_class):
-    monkeypatch.setattr(tree_class, "_hold_pages", lambda self, node, pages, real=tree_class._hold_pages: node.id in self._pages_of or real(self, node, pages))
+    def hold(self, node, pages, real=tree_class._hold_pages):
+        if node.id not in self._pages_of:
+            real(self, node, pages)
+
+    monkeypatch.setattr(tree_class, "_hold_pages", hold)
 
 
 def _leaves_a_node_its_old_ids(monkeypatch, tree_class):

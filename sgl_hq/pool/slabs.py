@@ -64,16 +64,12 @@ def slabs_of_dense(dense_tokens: int, layouts: Sequence[PageLayout], shape: KVSh
 def slabs_of_budget(budget_bytes: int, layouts: Sequence[PageLayout], shape: KVShape, granularity: int) -> Slabs:
     """The most slabs that fit into `budget_bytes` with the packed tier's own one and all sink slots. Raises ValueError for too few."""
     page_bytes, sink = PAGE_TOKENS * shape.dense_bytes_per_token, sink_slot_bytes(layouts, shape)
-    pages = max(0, budget_bytes) // page_bytes
-    while pages:
-        cut = _cut(pages, layouts, shape, granularity)
-        pages = cut.slabs * cut.pages  # `_cut` of it may be finer, and then not whole
-        if cut == _cut(pages, layouts, shape, granularity):
-            if (cut.slabs + 1) * cut.slab_bytes + cut.sizes(layouts).sinks * sink <= budget_bytes:
-                break
-            pages -= cut.pages
-    if pages and cut.slabs >= FEWEST_SLABS:
-        return cut
+    cut = _cut(max(0, budget_bytes) // page_bytes, layouts, shape, granularity)
+    while cut.slabs >= FEWEST_SLABS:
+        cut = _cut(cut.slabs * cut.pages, layouts, shape, granularity)  # whole slabs; of half the pages, if those are few enough
+        if (cut.slabs + 1) * cut.slab_bytes + cut.sizes(layouts).sinks * sink <= budget_bytes:
+            return cut
+        cut = _cut((cut.slabs - 1) * cut.pages, layouts, shape, granularity)
     least = (FEWEST_SLABS + 1) * _page_unit(shape, granularity) * page_bytes
     raise ValueError(
         f"a KV budget of {budget_bytes / 2**20:.1f} MiB cannot be moved between the tiers: that takes {FEWEST_SLABS} parts, at least "
@@ -82,9 +78,10 @@ def slabs_of_budget(budget_bytes: int, layouts: Sequence[PageLayout], shape: KVS
 
 
 def _cut(pages: int, layouts: Sequence[PageLayout], shape: KVShape, granularity: int) -> Slabs:
-    """`pages` dense pages, the padding page included, in whole slabs, at most MOST_SLABS."""
+    """`pages` dense pages, the padding page included, in whole slabs, at most MOST_SLABS. Slabs grow by doubling, so that whole slabs are
+    whole in smaller ones too."""
     unit = _page_unit(shape, granularity)
-    slab = unit * max(1, -(-pages // (unit * MOST_SLABS)))
+    slab = unit << max(0, -(-pages // (unit * MOST_SLABS)) - 1).bit_length()
     record = max(layout.record_bytes for layout in layouts) * shape.kv_heads
     return Slabs(shape.layers, pages // slab, slab, slab * _side_bytes(shape), record)
 

@@ -31,7 +31,7 @@ def test_slabs_fit_the_budget_and_use_it(granularity, **given):
     sizes = slabs.sizes(layouts)
     taken = (slabs.slabs + 1) * slabs.slab_bytes + sizes.sinks * sink_slot_bytes(layouts, shape)
     one_more = slabs.slab_bytes + (slabs.packed_pages(1) + 1) // 8 * sink_slot_bytes(layouts, shape) + sink_slot_bytes(layouts, shape)
-    assert taken <= given["budget"] < taken + 5 * one_more  # the first cut may be twice as coarse
+    assert taken <= given["budget"] < taken + 5 * one_more  # at first, slabs may have been twice as large
     assert FEWEST_SLABS <= slabs.slabs <= MOST_SLABS and slabs.chunk_bytes % granularity == 0
     assert slabs.slab_bytes == slabs.pages * PAGE_TOKENS * shape.dense_bytes_per_token
     assert slabs_of_dense(slabs.dense_tokens, layouts, shape, granularity) == slabs, "the pool knows the dense size alone"

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sgl_hq.config import PACK_POLICIES
+from sgl_hq.config import AUTO, PACK_POLICIES
 from sgl_hq.launch.load_ab.workload_spec import WorkloadSpec
 from sgl_hq.launch.load_ab.workloads import parse_workload
 from sgl_hq.page_format import PAGE_TOKENS
@@ -46,7 +46,9 @@ class ArmSpec(_Strict):
     attention_backend: str | None = Field(default=None, description="default: flashinfer on a GPU, triton for fp4")
     page_size: Literal[1, 64] = PAGE_TOKENS
     hq_pack: Literal[PACK_POLICIES] = "shared"
-    hq_packed_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the budget for packed pages")
+    hq_packed_fraction: Annotated[float, Field(gt=0, lt=1)] | Literal[AUTO] = Field(
+        default=0.5, description="share of the budget for packed pages, or auto: memory moves between the tiers"
+    )
     allow_ungated: bool = Field(default=False, description="serve a format that has not passed the quality gate on this model")
     args: tuple[str, ...] = Field(default=(), description="further server arguments, word by word")
 

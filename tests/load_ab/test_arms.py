@@ -45,6 +45,7 @@ def test_arms_say_what_they_are():
     assert "--enable-hierarchical-cache" in hicache and option(hicache, "--hicache-size") == "34", "32 GiB in GB, rounded down"
     hq4 = arm(format="hq4", hq_pack="insert", hq_packed_fraction=0.75, allow_ungated=True).server_args()
     assert [option(hq4, f"--hq-{name}") for name in ("format", "pack", "packed-fraction")] == ["hq4", "insert", "0.75"]
+    assert option(arm(format="hq4", hq_packed_fraction="auto", allow_ungated=True).server_args(), "--hq-packed-fraction") == "auto"
     assert "--hq-allow-ungated" in hq4 and "--hq-packed-fraction" not in arm(format="exact").server_args()
     assert arm(args=("--chunked-prefill-size", "4096")).server_args()[-2:] == ["--chunked-prefill-size", "4096"]
     assert not any("hq" in word for word in arm().server_args())

@@ -3,7 +3,8 @@
 For SGLang the dense tier always has its largest size (`max_total_num_tokens`). Pages of lent slabs are out of the allocator's free list;
 they count as evictable as far as `evict` can have them back by dropping packed pages that nobody reads, as protected beyond that. Packed
 pages that running requests read pin as many dense pages as they have bytes (`pool/slabs.py`), hence packing them, which frees more, never
-takes from what SGLang was promised.
+takes from what SGLang was promised. Lending a slab may, by up to that slab, when its room is for pages that are read at once: batches are
+made smaller then, and a request that is alone still ends, as `long_requests.py` has counted its packed pages as pinned from the start.
 
 All decisions are functions of the books on the host: no clock, no order of a set. Where the split is fixed, nothing here does anything.
 """

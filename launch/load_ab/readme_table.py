@@ -67,7 +67,7 @@ def _with_table(path: Path, results: Sequence[dict[str, Any]]) -> str:
 
 def _short(view: ResultView) -> str:
     budget = f"Equal KV bytes: {view.result['equal_bytes']['budget_bytes'] / 1e6:,.1f} MB an arm."
-    parts = [_origin(view), f"{budget} {_CELLS.format(reference=view.arms[0])}"]
+    parts = [_origin(view), f"{budget} {_ours(view)} {_CELLS.format(reference=view.arms[0])}"]
     parts += [f"**{card.name}**\n\n{_table(view, [c for c in card.columns if c.figure in _ASKED_MOST])}" for card in CARDS]
     return "\n\n".join([*parts, _list(_failures(view))]).rstrip()
 
@@ -77,6 +77,16 @@ def _whole(view: ResultView) -> str:
     parts = [f"## {', '.join(view.workloads)}", html.escape(view.result["plan"]["about"], quote=False), _origin(view)]
     parts += [html.escape(about, quote=False)] + [f"### {card.name}\n\n{_table(view, card.columns)}" for card in CARDS]
     return "\n\n".join([*parts, _list(_failures(view) + loss_sentences(view))])
+
+
+def _ours(view: ResultView) -> str:
+    """How our arms were served, of their arguments those that begin with --hq-."""
+    told = []
+    for arm in view.ours:
+        words = view.result["equal_bytes"]["arms"][arm]["args"]
+        first = next(i for i, word in enumerate(words) if word.startswith("--hq-"))
+        told.append(f"{arm} `{' '.join(words[first:])}`")
+    return f"Our arms: {', '.join(told)}." if told else ""
 
 
 def _failures(view: ResultView) -> list[str]:

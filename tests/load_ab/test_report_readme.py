@@ -67,6 +67,7 @@ def test_failures_losses_budget_and_facts_are_told(result):
         assert "- Failed: hicache, everywhere: the server ended" in text and "&lt;host pool &amp; device pool&gt;" in text
         assert "`sgl-hq ab pressure-h200" in text and "NVIDIA H200" in text and "0123456789ab" in text
         assert f"{BUDGET / 1e6:,.1f} MB an arm" in text
+    assert "Our arms: lossless `--hq-format lossless`, hq6 `--hq-format hq6`, hq4 `--hq-format hq4`." in short
     assert "- lossless is worse than the best other arm in" in full and "hicache 34,359.7 MB" in full
 
 

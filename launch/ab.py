@@ -45,7 +45,7 @@ class Setup:
     workload: Workload
     kv_tokens: int  # the KV byte budget of every arm, in bf16 tokens
     pack: str
-    packed_fraction: float
+    packed_fraction: float | str
     token_bytes: int  # KV bytes of one bf16 token
     allow_ungated: bool = False
 
@@ -75,7 +75,7 @@ def run(
     prefix_tokens: int | None = None,
     output_tokens: int | None = None,
     pack: str | None = None,
-    packed_fraction: float | None = None,
+    packed_fraction: float | str | None = None,
     allow_ungated: bool = False,
     json_path: Path | None = None,
 ) -> int:

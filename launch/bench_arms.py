@@ -41,7 +41,7 @@ class Arm:
         """A bfloat16 token of KV makes room for so many tokens of this arm's dense KV."""
         return 2 if self.kv_dtype in FP8 else 1
 
-    def server_args(self, kv_tokens: int, pack: str, packed_fraction: float) -> list[str]:
+    def server_args(self, kv_tokens: int, pack: str, packed_fraction: float | str) -> list[str]:
         """What makes this arm's server; kv_tokens: the KV byte budget of every arm, in bfloat16 tokens.
 
         Vanilla keeps SGLang's default page size, which is its faster one.

@@ -54,7 +54,7 @@ class Setup:
 
     model: BenchModel
     kv_tokens: int
-    packed_fraction: float
+    packed_fraction: float | str
     repeats: int = 1
 
     def server(self, session: Session, log: Path) -> ServerProcess:
@@ -70,7 +70,7 @@ def run(
     model: str | None = None,
     tokenizer: Path | None = None,
     kv_tokens: int | None = None,
-    packed_fraction: float = 0.5,
+    packed_fraction: float | str = 0.5,
     pack: str | None = None,
     together: int = 1,
     repeats: int = 3,

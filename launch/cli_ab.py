@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from sgl_hq.config import parse_packed_fraction
 from sgl_hq.page_format import DEFAULT_LOSSY, FORMATS
 
 DEFAULT_WAVES_ARMS = f"vanilla,exact,{DEFAULT_LOSSY}"
@@ -61,8 +62,8 @@ def ab(
         Optional[str], typer.Option("--hq-pack", help="When a page is packed: shared, insert or pressure.", rich_help_panel=_WAVES)
     ] = None,
     packed_fraction: Annotated[
-        Optional[float],
-        typer.Option("--hq-packed-fraction", help="Share of the KV budget for the packed tier, 0 to 1.", rich_help_panel=_WAVES),
+        Optional[str],
+        typer.Option("--hq-packed-fraction", help="Share of the KV budget for the packed tier, 0 to 1, or auto.", rich_help_panel=_WAVES),
     ] = None,
     allow_ungated: Annotated[
         bool,
@@ -100,7 +101,7 @@ def ab(
         prefix_tokens=prefix_tokens,
         output_tokens=output_tokens,
         pack=pack,
-        packed_fraction=packed_fraction,
+        packed_fraction=None if packed_fraction is None else parse_packed_fraction(packed_fraction),
         allow_ungated=allow_ungated,
         json_path=json_path,
     )

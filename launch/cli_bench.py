@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from sgl_hq.config import parse_packed_fraction
+
 bench = typer.Typer(help="Compare with vanilla on a GPU: attention kernels, or whole servers under load.", no_args_is_help=True)
 
 _JSON = Annotated[Optional[Path], typer.Option("--json", help="Also write every row here, with commit, versions and command.")]
@@ -53,7 +55,9 @@ def bench_serve(
     kv_tokens: Annotated[
         Optional[int], typer.Option(min=1, help="KV byte budget of every arm, in bfloat16 tokens. Default: what the workloads need.")
     ] = None,
-    packed_fraction: Annotated[float, typer.Option("--hq-packed-fraction", help="Share of it for the packed tier.")] = 0.5,
+    packed_fraction: Annotated[
+        str, typer.Option("--hq-packed-fraction", help="Share of it for the packed tier, or auto.")
+    ] = "0.5",
     pack: Annotated[
         Optional[str],
         typer.Option("--hq-pack", help="shared or insert for all workloads: one server an arm. Default: what each workload asks for."),
@@ -80,7 +84,7 @@ def bench_serve(
         model=model,
         tokenizer=tokenizer,
         kv_tokens=kv_tokens,
-        packed_fraction=packed_fraction,
+        packed_fraction=parse_packed_fraction(packed_fraction),
         pack=pack,
         together=together,
         repeats=repeats,

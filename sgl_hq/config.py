@@ -136,8 +136,8 @@ def from_env(env: Mapping[str, str] | None = None) -> HQConfig | None:
 def from_strings(given: Mapping[str, str]) -> HQConfig:
     """Parse text values by field name. Raises HQConfigError."""
     values: dict[str, object] = dict(given)
-    for name, kind, example in (("packed_fraction", float, "0.5"), ("page_size", int, "64"), ("audit", int, "16")):
-        if name in values and not (name == "packed_fraction" and values[name] == AUTO):
+    for name, kind, example in (("packed_fraction", _fraction, "0.5"), ("page_size", int, "64"), ("audit", int, "16")):
+        if name in values:
             try:
                 values[name] = kind(values[name])
             except ValueError:
@@ -149,6 +149,15 @@ def from_strings(given: Mapping[str, str]) -> HQConfig:
                 raise HQConfigError(f"{ENV_OF_FIELD[name]}={given[name]} is not understood: set it to 1 or unset it")
             values[name] = given[name] == "1"
     return HQConfig(**values)
+
+
+def parse_packed_fraction(text: str) -> float | str:
+    """`packed_fraction` of an HQConfig. Raises HQConfigError for what is neither a number nor `auto`."""
+    return from_strings({"format": EXACT, "packed_fraction": text}).packed_fraction
+
+
+def _fraction(text: str) -> float | str:
+    return AUTO if text == AUTO else float(text)
 
 
 def _text(value: object) -> str:

@@ -103,6 +103,15 @@ def test_ab_passes_every_option(fake_module, tmp_path):
     assert seen == expected | numbers | {"json_path": rows, "allow_ungated": True}
 
 
+@pytest.mark.parametrize("words, module", [(["ab"], "ab"), (["bench", "serve"], "bench_serve")])
+def test_memory_may_move_between_the_tiers_in_both_comparisons(fake_module, words, module):
+    seen = {}
+    fake_module(module, run=lambda **given: seen.update(given) or 0)
+    assert invoke(*words, "--hq-packed-fraction", "auto").exit_code == 0 and seen["packed_fraction"] == "auto"
+    wrong = invoke(*words, "--hq-packed-fraction", "half")
+    assert wrong.exit_code != 0 and "half" in str(wrong.exception or wrong.output)
+
+
 def test_gate_leaves_what_is_not_given_to_the_harness(fake_module):
     seen = {}
     fake_module("gate", run=lambda **given: seen.update(given) or 0)

@@ -51,7 +51,7 @@ def packed_differences(tree: PackingRadixCache) -> list[str]:
     if tree.packed_tier is None:
         return []
     found = tree.packed_tier.differences([page for _, pages in tree.packed_nodes() for page in pages])
-    return found + (slab_differences(tree._pool.memory, tree.packed_tier) if tree._pool.memory is not None else [])
+    return found + (slab_differences(tree._memory, tree.packed_tier) if tree.elastic else [])
 
 
 def slab_differences(memory: ElasticMemory, tier: PackedTier) -> list[str]:

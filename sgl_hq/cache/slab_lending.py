@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sgl_hq.page_format import PAGE_TOKENS
 
 # Lending leaves one dense page of so many free or cold. Running requests grow into them, so their growth does not call a slab back at once.
-RESERVE_SHARE = 8
+RESERVE_SHARE = 16
 
 
 class SlabLending(RadixCache):
@@ -41,11 +41,11 @@ class SlabLending(RadixCache):
     @property
     def lent_tokens(self) -> int:
         """Dense tokens that are not there at present."""
-        return len(self._memory.lent) * self._slab_tokens if self._memory is not None else 0
+        return len(self._memory.lent) * self._slab_tokens if self.elastic else 0
 
     def pinned_tokens(self, packed_pages: int) -> int:
         """Dense tokens whose memory so many packed pages hold, if no other is packed; 0 where packed pages have memory of their own."""
-        return self._memory.slabs.pinned_pages(packed_pages) * PAGE_TOKENS if self._memory is not None else 0
+        return self._memory.slabs.pinned_pages(packed_pages) * PAGE_TOKENS if self.elastic else 0
 
     @property
     def _pinned_tokens(self) -> int:
@@ -65,13 +65,13 @@ class SlabLending(RadixCache):
     def _spare_tokens(self, wanted: int) -> int:
         """Dense tokens to evict before the `wanted` ones, for a slab to lend. Packing them takes room, so a slab is lent while there is
         some left, and for the `wanted` ones there is more then."""
-        if self._memory is None or self._packed.pages_free - wanted // PAGE_TOKENS >= self._memory.slabs.pages:
+        if not self.elastic or self._packed.pages_free - wanted // PAGE_TOKENS >= self._memory.slabs.pages:
             return 0
         return self._slab_tokens if self._may_lend(self.evictable_size_ - wanted) else 0
 
     def _may_lend(self, unused: int) -> bool:
         """Another slab, out of `unused` dense tokens, free or cold."""
-        if self._memory is None or len(self._memory.lent) + 1 >= self._memory.slabs.slabs or self.live.ended < self._no_slab_before:
+        if not self.elastic or len(self._memory.lent) + 1 >= self._memory.slabs.slabs or self.live.ended < self._no_slab_before:
             return False
         return (unused - self._slab_tokens) * RESERVE_SHARE >= self.token_to_kv_pool_allocator.size
 
@@ -125,7 +125,7 @@ class SlabLending(RadixCache):
     def _reclaim(self) -> int:
         """The packed tier's last slab becomes dense pages: what is worth least is dropped until the rest has room without it, and what
         stands in it is moved. Returns the dense tokens, 0 if running requests read too much. All dense nodes must be locked."""
-        if self._memory is None or len(self._memory.lent) <= self._memory.slabs.fewest_lent(self.packed_live_pages):
+        if not self.elastic or len(self._memory.lent) <= self._memory.slabs.fewest_lent(self.packed_live_pages):
             return 0
         left = self._memory.slabs.packed_pages(len(self._memory.lent) - 1)
         while self._packed.pages_used > left:
@@ -160,7 +160,7 @@ class SlabLending(RadixCache):
     def _give_all_back(self) -> None:
         """Nothing is packed or cached."""
         self._no_slab_before = 0  # requests that must have ended before a slab is searched for again
-        while self._memory is not None and self._memory.lent:
+        while self.elastic and self._memory.lent:
             self._give_back()
 
     # ---- helpers -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sgl_hq.page_format import PAGE_TOKENS, PageLayout
 from sgl_hq.pool.sizing import KVShape, TierSizes, sink_slot_bytes, sinks_for
 
 # Start-up creates 2 x layers chunks a slab, and moving one takes some milliseconds on a GPU whatever its size: no finer than this.
-MOST_SLABS = 256
+MOST_SLABS = 64
 FEWEST_SLABS = 4  # a budget of fewer would move in steps too large to follow anything
 
 

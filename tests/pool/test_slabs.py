@@ -56,8 +56,8 @@ def test_a_budget_too_small_to_be_moved_says_what_to_do():
 
 
 def test_a_model_of_seven_billion_parameters():
-    """Qwen2.5-7B on 100 GiB: a slab is 128 pages, 448 MiB."""
+    """Qwen2.5-7B on 100 GiB: a slab is 512 pages, 1,792 MiB."""
     shape, layouts = KVShape(28, 4, 128, 128), [get_format("hq4").layout(128)] * 28
     slabs = slabs_of_budget(100 << 30, layouts, shape, 2 << 20)
-    assert slabs == Slabs(28, 220, 128, 8 << 20, 4 * get_format("hq4").layout(128).record_bytes)
-    assert slabs.packed_pages(1) - slabs.packed_pages(0) == 488
+    assert slabs == Slabs(28, 54, 512, 32 << 20, 4 * get_format("hq4").layout(128).record_bytes)
+    assert slabs.packed_pages(1) - slabs.packed_pages(0) == 1953

@@ -77,7 +77,6 @@ class Plan(_Strict):
     rate: float | None = Field(default=None, gt=0, description="Poisson arrivals, requests a second")
     seed: int = 0
     repeats: int = Field(default=1, ge=1, le=100, description="each with another seed: seed, seed + 1, ...")
-    phases: tuple[Literal["cold", "warm"], ...] = Field(default=("cold", "warm"))
     device: Literal["auto", "cpu", "cuda"] = "auto"
     arms: tuple[ArmSpec, ...] = Field(min_length=1)
     workloads: tuple[dict[str, Any], ...] = Field(min_length=1)
@@ -86,8 +85,6 @@ class Plan(_Strict):
     def _fits_together(self) -> Plan:
         if (self.kv_gib is None) == (self.kv_tokens is None):
             raise ValueError("give kv_gib or kv_tokens, and not both: all arms get this one budget")
-        if self.phases not in (("cold",), ("cold", "warm")):
-            raise ValueError("phases must be [cold] or [cold, warm]: a cache is warm only after a cold phase")
         for what, names in (("arms", [arm.name for arm in self.arms]), ("workloads", [load.get("name") for load in self.workloads])):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{what} has {twice[0]} twice: give each a name of its own")

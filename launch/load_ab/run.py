@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sgl_hq import json_file
 from sgl_hq.config import from_env
@@ -24,7 +24,7 @@ from sgl_hq.launch.load_ab.arms import Arm, make_arms
 from sgl_hq.launch.load_ab.budget import Held, budget_bytes, budget_tokens, how_equal
 from sgl_hq.launch.load_ab.load_client import RequestsClient
 from sgl_hq.launch.load_ab.plan import DEMO, DUMMY, Plan, PlanError, load_plan, select
-from sgl_hq.launch.load_ab.requests_file import write
+from sgl_hq.launch.load_ab.requests_file import Phase, write
 from sgl_hq.launch.load_ab.run_log import Row, RunLog, log_path
 from sgl_hq.launch.load_ab.session import Case, Conditions, PhaseFile, measure_arm
 from sgl_hq.launch.load_ab.summary import summarize
@@ -128,9 +128,10 @@ def _cases(plan: Plan, workloads: Sequence[str], model: BenchModel, folder: Path
                 continue
             phases = []
             for requests in request_sets(spec, tokenizer, plan.seed + repeat, tokens):
-                path = folder / f"{spec.name}-{requests.phase}-{repeat}.jsonl"
-                phases.append(PhaseFile(requests, path, write(requests, path)))
-            cases.append(Case(spec.name, repeat, tuple(phase for phase in phases if phase.requests.phase in plan.phases)))
+                if requests.phase in spec.phases:
+                    path = folder / f"{spec.name}-{requests.phase}-{repeat}.jsonl"
+                    phases.append(PhaseFile(requests, path, write(requests, path)))
+            cases.append(Case(spec.name, repeat, tuple(phases)))
     return cases
 
 
@@ -176,7 +177,7 @@ def _started(servers: Sequence[ServerProcess]) -> Iterator[list[BaseException | 
 
 def _result(plan: Plan, model: BenchModel, arms: Sequence[Arm], facts: dict[str, Any], log: RunLog) -> dict[str, Any]:
     """All rows in the plan's order. Raises Incomparable."""
-    orders = [[arm.name for arm in arms], [spec.name for spec in plan.specs()], list(plan.phases)]
+    orders = [[arm.name for arm in arms], [spec.name for spec in plan.specs()], get_args(Phase)]
     keys = ("arm", "workload", "phase")
     rows: list[Row] = sorted(log.rows, key=lambda row: (*(o.index(row[k]) for o, k in zip(orders, keys)), row["repeat"]))
     held = {arm.name: Held(**log.held[arm.name]) for arm in arms if arm.name in log.held}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MAX_TOKENS = 1 << 20  # of one request; far above what any model here takes
 MAX_REQUESTS = 100_000
@@ -15,6 +15,14 @@ class WorkloadSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[\w.-]+$", description="how rows and files call this workload")
+    phases: tuple[Literal["cold", "warm"], ...] = Field(default=("cold", "warm"), description="to be run, if the workload has them")
+
+    @field_validator("phases")
+    @classmethod
+    def _begins_cold(cls, phases: tuple[str, ...]) -> tuple[str, ...]:
+        if phases not in (("cold",), ("cold", "warm")):
+            raise ValueError("give [cold] or [cold, warm]: a cache is warm only after a cold phase")
+        return phases
 
 
 class TextWorkloadSpec(WorkloadSpec):

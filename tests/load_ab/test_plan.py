@@ -59,7 +59,7 @@ def test_the_pressure_plan_is_the_issues():
         ("kv_gib", 1, "give kv_gib or kv_tokens, and not both"),
         ("kv_tokens", None, "give kv_gib or kv_tokens, and not both"),
         ("concurrency", 1, "concurrency: Input should be greater than or equal to 2"),
-        ("phases", ["warm"], "phases must be"),
+        ("phases", ["cold"], "phases: unknown"),
         ("workloads", [], "workloads: Tuple should have at least 1 item"),
     ],
 )
@@ -71,6 +71,8 @@ def test_what_cannot_be_run_is_refused_with_its_key(path, value, message):
 def test_a_wrong_workload_is_refused_by_its_own_words():
     with pytest.raises(WorkloadError, match="alone: contxt is unknown"):
         parse_plan(changed("workloads.0.contxt", 64))
+    with pytest.raises(WorkloadError, match="phases: give .cold. or .cold, warm.: a cache is warm only after a cold phase"):
+        parse_plan(changed("workloads.0.phases", ["warm"]))
 
 
 def test_files_that_are_no_plan_are_refused(tmp_path):

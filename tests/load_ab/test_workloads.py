@@ -80,7 +80,7 @@ WRONG = {
     "unknown kind": ({"name": "a", "kind": "share"}, "kind must be one of shared"),
     "no name": ({"kind": "unshared"} | PLANS["unshared"], r"Workload \(no name\): name: Field required"),
     "a name that is no file name": (plan("unshared", name="a/b"), "Workload a/b: name: "),
-    "unknown key": (plan("unshared", users=3), "users is unknown, the keys of unshared are name, kind, requests, context, output"),
+    "unknown key": (plan("unshared", users=3), "users is unknown, the keys of unshared are name, phases, kind, requests, context, output"),
     "two wrong keys": (plan("unshared", context=1, output=0), "context: .* 16; output: .* 1"),
     "a rule over several keys": (plan("shared", prefixes=3), "Workload my-shared: give either prefixes or working_set"),
 }

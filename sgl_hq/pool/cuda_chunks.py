@@ -42,6 +42,7 @@ class CudaChunks(ChunkStore):
         if shared_holes:
             self._back(where, 0, [self._hole] * chunks)
             self.bytes_of(where)[: self.chunk_bytes].zero_()  # what is masked is multiplied by 0, and must be finite for that
+            torch.cuda.synchronize(self._device)  # unmapping does not wait: the zeros, late on a busy GPU, would fault
         return where
 
     def create(self, target: ChunkRange, first: int, count: int) -> None:

@@ -54,6 +54,15 @@ def test_a_stale_read_of_a_hole_does_not_fault(store):
     assert (d[0] == 1).all() and (d[2] == 1).all() and not (_ints(store, arena)[1] == 5).any()
 
 
+def test_addresses_are_made_while_the_gpu_is_busy(store):
+    """The hole is filled with zeros before chunks take its place: behind other work, that fill once came after them, and faulted."""
+    torch.cuda._sleep(1 << 30)  # about half a second
+    dense = store.reserve(4, shared_holes=True)
+    store.create(dense, 0, 4)
+    torch.cuda.synchronize()
+    assert not _ints(store, dense).any()
+
+
 def test_memory_is_taken_once_and_given_back_at_the_end():
     from sgl_hq.pool.chunks import granularity, make_chunks
 

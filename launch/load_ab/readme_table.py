@@ -1,7 +1,7 @@
 """Tables from committed results: `python -m sgl_hq.launch.load_ab.readme_table README.md docs [--check]`.
 
 Reads docs/results/ab-*.json. Replaces what stands between <!-- ab-table --> and <!-- /ab-table --> in README by its most asked columns,
-and writes docs/ab.md with all of them; with --check it writes nothing and ends with 1 where either differs from its rows. Every row
+and writes docs/ab.md with all of them, and those of docs/results/older besides; with --check it writes nothing and ends with 1 where either differs from its rows. Every row
 stays in both: those that lose and those that failed.
 """
 
@@ -36,7 +36,7 @@ def readme_table(results: Sequence[dict[str, Any]]) -> str:
 
 def full_page(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: for each result its facts, every column of the three scorecards, what failed, and where our arms lose."""
-    head = "# The load A/B, every figure\n\nMade by `python -m sgl_hq.launch.load_ab.readme_table README.md docs` from `docs/results/ab-*.json`."
+    head = "# The load A/B, every figure\n\nMade by `python -m sgl_hq.launch.load_ab.readme_table README.md docs` from `docs/results/ab-*.json`, then from `docs/results/older`."
     return "\n\n".join([head, *(_whole(ResultView(result)) for result in results)]) + "\n"
 
 
@@ -69,14 +69,14 @@ def _short(view: ResultView) -> str:
     budget = f"Equal KV bytes: {view.result['equal_bytes']['budget_bytes'] / 1e6:,.1f} MB an arm."
     parts = [_origin(view), f"{budget} {_ours(view)} {_CELLS.format(reference=view.arms[0])}"]
     parts += [f"**{card.name}**\n\n{_table(view, [c for c in card.columns if c.figure in _ASKED_MOST])}" for card in CARDS]
-    return "\n\n".join([*parts, _list(_failures(view))]).rstrip()
+    return "\n\n".join([*parts, _list(_gaps(view))]).rstrip()
 
 
 def _whole(view: ResultView) -> str:
     about = f"{budget_line(view)} {LEGEND.format(reference=view.arms[0])}"
     parts = [f"## {', '.join(view.workloads)}", html.escape(view.result["plan"]["about"], quote=False), _origin(view)]
     parts += [html.escape(about, quote=False)] + [f"### {card.name}\n\n{_table(view, card.columns)}" for card in CARDS]
-    return "\n\n".join([*parts, _list(_failures(view) + loss_sentences(view))])
+    return "\n\n".join([*parts, _list(_gaps(view) + loss_sentences(view))])
 
 
 def _ours(view: ResultView) -> str:
@@ -89,8 +89,9 @@ def _ours(view: ResultView) -> str:
     return f"Our arms: {', '.join(told)}." if told else ""
 
 
-def _failures(view: ResultView) -> list[str]:
-    return [f"Failed: {arm}, {where}: {sentence}" for arm, where, sentence in view.failures]
+def _gaps(view: ResultView) -> list[str]:
+    failed = [f"Failed: {arm}, {where}: {sentence}" for arm, where, sentence in view.failures]
+    return failed + [f"Not run: {arm}, {where}" for arm, where in view.left_out]
 
 
 def _list(sentences: Sequence[str]) -> str:
@@ -108,7 +109,7 @@ def _origin(view: ResultView) -> str:
 def _table(view: ResultView, columns: Sequence[Column]) -> str:
     head = ["workload, phase", "arm", *(column.heading for column in columns)]
     lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * len(columns) + "|"]
-    return "\n".join(lines + [_line(view, case, arm, columns) for case in view.cases for arm in view.arms])
+    return "\n".join(lines + [_line(view, case, arm, columns) for case in view.cases for arm in view.arms if view.was_run(arm, case)])
 
 
 def _line(view: ResultView, case: Case, arm: str, columns: Sequence[Column]) -> str:
@@ -121,12 +122,14 @@ def _line(view: ResultView, case: Case, arm: str, columns: Sequence[Column]) -> 
 def _main(readme: str, docs: str, *options: str) -> int:
     if options not in ((), ("--check",)):
         raise ReportError(f"{' '.join(options)} is not an option here: leave it out, or give --check")
-    path, page, rows = Path(readme), Path(docs) / PAGE, committed_results(Path(docs) / "results")
+    path, page, folder = Path(readme), Path(docs) / PAGE, Path(docs) / "results"
+    rows = committed_results(folder)
+    whole = full_page(rows + committed_results(folder / "older"))
     if not options:
         update_readme(path, rows)
-        page.write_text(full_page(rows), encoding="utf-8")
+        page.write_text(whole, encoding="utf-8")
         return 0
-    current = {path: is_current(path, rows), page: page.is_file() and page.read_text(encoding="utf-8") == full_page(rows)}
+    current = {path: is_current(path, rows), page: page.is_file() and page.read_text(encoding="utf-8") == whole}
     for differing in (each for each, same in current.items() if not same):
         print(f"{differing} differs from its rows: run this command again without --check", file=sys.stderr)
     return int(not all(current.values()))

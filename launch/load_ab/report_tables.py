@@ -34,6 +34,8 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
                 Console(file=console.file, width=WIDE).print(part)
     for arm, where, sentence in view.failures:
         _say(console, f"FAILED: {arm}, {where}: {sentence}")
+    for arm, where in view.left_out:
+        _say(console, f"Not run: {arm}, {where}")
     for sentence in loss_sentences(view):
         _say(console, sentence)
 
@@ -55,7 +57,7 @@ def _table(view: ResultView, case: Case, title: str, columns: list[Column]) -> T
     out.add_column("repeats", justify="right", no_wrap=True)
     for column in columns:
         out.add_column(_broken(column.heading), justify="right", no_wrap=True)
-    for arm in view.arms:
+    for arm in (arm for arm in view.arms if view.was_run(arm, case)):
         cells = [cell(view, arm, case, column) for column in columns]
         texts = [Text(f"{c.value} {c.ratio}".strip() + (f"\n{c.interval}" if c.interval else "")) for c in cells]
         repeats = len(view.runs(arm, case))

@@ -65,12 +65,13 @@ class ResultView:
         return [run for arm in self.arms for run in self.runs(arm, case)]
 
     def failure(self, arm: str, case: Case) -> str | None:
-        """Why this arm and case have no figures, None where every repeat was measured."""
-        runs = self._repeats(arm, case)
-        if not runs:
-            return "no row for this workload and phase"
-        reasons = list(dict.fromkeys(run["failure"] for run in runs if run["failure"]))
+        """Why this arm and case have no figures though they were run, None where every repeat was measured."""
+        reasons = dict.fromkeys(run["failure"] for run in self._repeats(arm, case) if run["failure"])
         return "; ".join(reasons) or None
+
+    def was_run(self, arm: str, case: Case) -> bool:
+        """A run may leave out arms and workloads of its plan; what was tried and failed has rows."""
+        return bool(self._repeats(arm, case))
 
     @cached_property
     def failures(self) -> tuple[tuple[str, str, str], ...]:
@@ -80,10 +81,16 @@ class ResultView:
             for case in self.cases:
                 if sentence := self.failure(arm, case):
                     where.setdefault((arm, sentence), []).append(", ".join(case))
-        return tuple(
-            (arm, "everywhere" if len(cases) == len(self.cases) else "; ".join(cases), sentence)
-            for (arm, sentence), cases in where.items()
-        )
+        return tuple((arm, self._where(cases), sentence) for (arm, sentence), cases in where.items())
+
+    @cached_property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """(arm, cases) that were not run."""
+        missing = {arm: [", ".join(case) for case in self.cases if not self.was_run(arm, case)] for arm in self.arms}
+        return tuple((arm, self._where(cases)) for arm, cases in missing.items() if cases)
+
+    def _where(self, cases: list[str]) -> str:
+        return "everywhere" if len(cases) == len(self.cases) else "; ".join(cases)
 
     @cached_property
     def _summary(self) -> dict[tuple[str, str, str], Row]:

@@ -74,6 +74,8 @@ def run(
         undo.pop_all()  # from here on it is kept when something fails: the messages name the logs
     conditions = Conditions(bench_model, plan.concurrency, plan.rate, folder)
     todo = [(arm, _unfinished(arm, cases, log)) for arm in all_arms if arm.name in chosen_arms]
+    if any(open_cases for _, open_cases in todo):
+        log.begun(facts["command"])
     with terminated_like_interrupted():
         _measure(todo, conditions, together, log, len(cases))
     result = _result(plan, bench_model, all_arms, facts, log)
@@ -182,7 +184,7 @@ def _result(plan: Plan, model: BenchModel, arms: Sequence[Arm], facts: dict[str,
     rows: list[Row] = sorted(log.rows, key=lambda row: (*(o.index(row[k]) for o, k in zip(orders, keys)), row["repeat"]))
     held = {arm.name: Held(**log.held[arm.name]) for arm in arms if arm.name in log.held}
     return {
-        "facts": facts | {"model": model.name},
+        "facts": facts | {"model": model.name, "command": " && ".join(log.commands)},
         "plan": plan.describe(),
         "equal_bytes": {
             "budget_bytes": arms[0].budget_bytes,

@@ -1,7 +1,7 @@
 """The rows of a run as they are measured, on disk, so that a run that was cut off goes on where it ended.
 
-JSON lines beside the result: first what the rows belong to (plan, versions, machine), then what each started server held, then
-one line for each run row. A later line on the same thing counts in place of an earlier one.
+JSON lines beside the result: first what the rows belong to (plan, versions, machine), then the command of each run that measured
+something, what each started server held, and one line for each run row. A later line on the same thing counts in place of an earlier one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class RunLog:
         self._path = path
         self._rows: dict[tuple[Key, str], Row] = {}
         self._held: dict[str, Row] = {}
+        self._commands: list[str] = []
         if path is not None and path.exists():
             self._read(path, belongs_to)
         else:
@@ -38,6 +39,11 @@ class RunLog:
         return list(self._rows.values())
 
     @property
+    def commands(self) -> list[str]:
+        """Of the runs that measured these rows, in order."""
+        return list(dict.fromkeys(self._commands))
+
+    @property
     def held(self) -> dict[str, Row]:
         """What the server of each arm held, by arm."""
         return dict(self._held)
@@ -46,6 +52,11 @@ class RunLog:
         """Every phase has a row, and none failed: what failed is measured again."""
         rows = [self._rows.get(((arm, workload, repeat), phase)) for phase in phases]
         return all(row is not None and row["failure"] is None for row in rows)
+
+    def begun(self, command: str) -> None:
+        """A run is about to measure."""
+        self._keep({"command": command})
+        self._write([{"command": command}])
 
     def started(self, arm: str, held: Row) -> None:
         self._keep({"held": held | {"arm": arm}})
@@ -59,7 +70,9 @@ class RunLog:
         self._write(lines)
 
     def _keep(self, line: Row) -> None:
-        if (held := line.get("held")) is not None:
+        if (command := line.get("command")) is not None:
+            self._commands.append(command)
+        elif (held := line.get("held")) is not None:
             self._held[held["arm"]] = {key: value for key, value in held.items() if key != "arm"}
         else:
             row = line["row"]

@@ -90,9 +90,11 @@ def test_command(readme, result, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "ab-test.json").write_text(json.dumps(result))
     (tmp_path / "results" / "kernels.json").write_text("[]")
+    (tmp_path / "results" / "older").mkdir()
+    (tmp_path / "results" / "older" / "ab-past.json").write_text(json.dumps(result))
     assert _main(str(readme), str(tmp_path), "--check") == 1 and "differs from its rows" in capsys.readouterr().err
     assert _main(str(readme), str(tmp_path)) == 0 and _main(str(readme), str(tmp_path), "--check") == 0
-    assert (tmp_path / "ab.md").read_text() == full_page([result])
+    assert (tmp_path / "ab.md").read_text() == full_page([result, result]) and is_current(readme, [result])
     (tmp_path / "ab.md").write_text("by hand")
     assert _main(str(readme), str(tmp_path), "--check") == 1 and "ab.md differs from its rows" in capsys.readouterr().err
     with pytest.raises(ReportError, match="--chekc is not an option"):

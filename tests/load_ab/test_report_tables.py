@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 from load_ab.result_example import ARMS, FAILURE, REPEATS, result_example
+from sgl_hq.launch.load_ab.readme_table import readme_table
 from sgl_hq.launch.load_ab.report_cells import CACHE, CARDS, LATENCY, MEMORY, Column, budget_line, cell, load_line
+from sgl_hq.launch.load_ab.report_html import page
 from sgl_hq.launch.load_ab.report_tables import show, tables
 from sgl_hq.launch.load_ab.result_view import ReportError, ResultView
 
@@ -106,12 +108,14 @@ def test_one_failed_repeat_fails_the_case_and_only_that(result):
     assert ("hq4", "shared-1.3, warm", "the server stopped answering") in view.failures
 
 
-def test_arm_without_a_row_is_said_to_have_none(result):
+def test_what_was_not_run_is_said_and_did_not_fail(result):
     for rows in (result["runs"], result["summary"]):
         rows[:] = [row for row in rows if (row["arm"], row["workload"]) != ("hq6", "gsm8k")]
     view = ResultView(result)
     assert view.arms == tuple(ARMS)
-    assert ("hq6", "gsm8k, cold; gsm8k, warm", "no row for this workload and phase") in view.failures
+    assert ("hq6", "gsm8k, cold; gsm8k, warm") in view.left_out and "hq6" not in [arm for arm, _, _ in view.failures]
+    assert "Not run: hq6, gsm8k, cold; gsm8k, warm" in " ".join(printed(result).split()) and "hq6 FAILED" not in printed(result)
+    assert "- Not run: hq6, gsm8k, cold; gsm8k, warm" in readme_table([result]) and "What was not run" in page(result)
 
 
 def test_budget_line_states_every_arm_and_host_bytes(result):

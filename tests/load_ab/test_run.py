@@ -111,6 +111,7 @@ def test_ctrl_c_during_a_start_does_not_wait_for_it(monkeypatch):
 
 def told(rows):
     log = RunLog(None, {})
+    log.begun("ab --arms vanilla"), log.begun("ab --arms lossless")
     log.started("lossless", {"allocated_bytes": 6_300_000, "host_bytes": 0, "args": ["--hq-format", "lossless"]})
     log.started("vanilla", {"allocated_bytes": 6_400_000, "host_bytes": 0, "args": []})
     log.append(rows)
@@ -121,7 +122,8 @@ def test_a_result_has_all_rows_in_the_plans_order_whatever_was_measured_first():
     rows = [good_row(arm, repeat) for repeat in (1, 0) for arm in ("lossless", "vanilla")]
     result = told(rows)
     assert [(row["arm"], row["repeat"]) for row in result["runs"]] == [("vanilla", 0), ("vanilla", 1), ("lossless", 0), ("lossless", 1)]
-    assert [row["arm"] for row in result["summary"]] == ["vanilla", "lossless"] and result["facts"] == {"commit": "abc", "model": "shape"}
+    assert [row["arm"] for row in result["summary"]] == ["vanilla", "lossless"]
+    assert result["facts"] == {"commit": "abc", "model": "shape", "command": "ab --arms vanilla && ab --arms lossless"}
     assert list(result["equal_bytes"]["arms"]) == ["vanilla", "lossless"] and "6,400,000 bytes" in result["equal_bytes"]["how"]
 
 

@@ -64,3 +64,10 @@ def test_without_a_file_rows_are_kept_for_this_run():
     log = RunLog(None, OWNER)
     log.append([row("cold"), row("warm")])
     assert log.is_finished("vanilla", "w", 0, PHASES)
+
+
+def test_the_commands_of_all_runs_are_kept_each_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for command in ("ab --arms a", "ab --arms b", "ab --arms b"):
+        RunLog(path, OWNER).begun(command)
+    assert RunLog(path, OWNER).commands == ["ab --arms a", "ab --arms b"]

@@ -1,7 +1,7 @@
 """Packing servers under random requests, a fifth of them given up, in a pool that is always full: nothing is lost, nothing grows.
 
-SOAK_SECONDS (default 45) is the length for each format; from 600 on prompts go up to the model's context. SGLang checks its own books in every step and when idle, ours are walked
-whenever a request ends, stale KV is NaN (`checked_server.py`): the first finding ends the server.
+SOAK_SECONDS (default 45) is the length for each format; from 600 on prompts go up to the model's context. SGLang checks its own books in
+every step and when idle, ours are walked whenever a request ends, stale KV is NaN (`checked_server.py`): the first finding ends the server.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ ARGS = ["--max-total-tokens", str(BUDGET), "--chunked-prefill-size", "1024",
 # A request that is never let go holds its token ids and log-probabilities: tens of kB, of which the long run has thousands. In the short
 # one, memory that PyTorch and the C library keep for reuse still grows (46 MiB were seen): only what is lost in large pieces shows.
 HOST_GROWTH = (32 if SECONDS >= 600 else 128) * MIB
+# oneDNN keeps a matrix product compiled for every number of tokens it has seen, up to 1,024 of each kind: hundreds of MiB within half an
+# hour, in SGLang alone as much. The second name is that of PyTorch's own table beside oneDNN's (ideep, `computation_cache`).
+FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 @pytest.fixture(scope="module", params=[("bf16", PACKED_FRACTION), ("hq7", "auto")], ids=lambda p: f"{p[0]}-{p[1]}")
 def server(request, model):
     fmt, fraction = request.param
     args = [*ARGS, "--hq-format", fmt, "--hq-packed-fraction", str(fraction)]
-    server = ServerProcess(str(model), args, env=STRICT_CHECKS, start_timeout_s=600, stop_grace_s=0)
+    server = ServerProcess(str(model), args, env=STRICT_CHECKS | FEW_PRODUCTS, start_timeout_s=600, stop_grace_s=0)
     server.argv[1:3] = [checked_server.__file__]
     with server:
         yield server

@@ -85,7 +85,9 @@ def storm(server: ServerProcess, load: Load, seconds: float, seed: int = 7, devi
 
     async def run() -> None:
         over = asyncio.Event()
-        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=httpx.Limits(max_connections=None)) as http:
+        # SGLang closes a connection that idles for 5 s: a request sent on it at that moment would be taken for a failed one.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
             clients = [_client(http, load, random.Random(f"{seed} {i}"), over, report) for i in range(load.clients)]
             await asyncio.gather(_watch(server, http, seconds, device_bytes, over, report), *clients)
 

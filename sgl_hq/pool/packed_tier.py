@@ -7,7 +7,6 @@ once and never re-quantised; it leaves the tier only by `free`.
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -119,12 +118,11 @@ class PackedTier:
 
     def differences(self, owned: list[int]) -> list[str]:
         """`owned`: every page id that radix nodes hold. One sentence for each way in which free + owned is not all, each once."""
-        free = list(self._free_pages)
-        found = _not_each_once("packed page", range(self.pages_total), {"free": free, "in the tree": owned})
-        holders = [page for page in range(self.pages_total) if self._sink_of_page[page] != NO_SINK]
-        sinks = [self._sink_of_page[page] for page in holders]
-        found += _not_each_once("sink slot", range(self.sizes.sinks), {"free": list(self._free_sinks), "of a page": sinks})
-        if astray := set(holders) - set(owned):
+        found = _not_each_once("packed page", self.pages_total, {"free": self._free_pages, "in the tree": owned})
+        sink_of_page = np.array(self._sink_of_page, np.int64)[: self.pages_total]
+        holders = np.flatnonzero(sink_of_page != NO_SINK)
+        found += _not_each_once("sink slot", self.sizes.sinks, {"free": self._free_sinks, "of a page": sink_of_page[holders]})
+        if len(astray := np.setdiff1d(holders, owned)):
             found.append(f"packed pages that no node owns hold sink slots: {_some(astray)}")
         return found
 
@@ -246,18 +244,20 @@ class PackedTier:
             self._free_pages.append(page)
 
 
-def _not_each_once(what: str, ids: range, lists: dict[str, list[int]]) -> list[str]:
-    """One sentence for each kind of difference between `ids` and the ids in `lists` together."""
-    count = Counter(i for listed in lists.values() for i in listed)
+def _not_each_once(what: str, total: int, lists: dict[str, Sequence[int]]) -> list[str]:
+    """One sentence for each kind of difference between the ids [0, total) and the ids in `lists` together."""
+    ids = {name: np.array(listed, np.int64) for name, listed in lists.items()}
+    known = {name: (0 <= listed) & (listed < total) for name, listed in ids.items()}
+    count = {name: np.bincount(listed[known[name]], minlength=total) for name, listed in ids.items()}
     found = []
-    if lost := [i for i in ids if not count[i]]:
+    if len(lost := np.flatnonzero(sum(count.values()) == 0)):
         found.append(f"{what}s lost, neither {' nor '.join(lists)}: {_some(lost)}")
-    for name, listed in lists.items():
-        if twice := [i for i, n in Counter(listed).items() if n > 1]:
+    for name, of_list in count.items():
+        if len(twice := np.flatnonzero(of_list > 1)):
             found.append(f"{what}s twice {name}: {_some(twice)}")
-    if both := set.intersection(*map(set, lists.values())):
+    if len(both := np.flatnonzero(np.minimum.reduce(list(count.values())))):
         found.append(f"{what}s both {' and '.join(lists)}: {_some(both)}")
-    if unknown := [i for i in count if i not in ids]:
+    if len(unknown := np.unique(np.concatenate([listed[~known[name]] for name, listed in ids.items()]))):
         found.append(f"{what}s that do not exist: {_some(unknown)}")
     return found
 

@@ -30,13 +30,15 @@ HOST_GROWTH = (32 if SECONDS >= 600 else 128) * MIB
 # oneDNN keeps a matrix product compiled for every number of tokens it has seen, up to 1,024 of each kind: hundreds of MiB within half an
 # hour, in SGLang alone as much. The second name is that of PyTorch's own table beside oneDNN's (ideep, `computation_cache`).
 FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+# The C library gives large blocks back at once, instead of keeping holes between small ones.
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module", params=[("bf16", PACKED_FRACTION), ("hq7", "auto")], ids=lambda p: f"{p[0]}-{p[1]}")
 def server(request, model):
     fmt, fraction = request.param
     args = [*ARGS, "--hq-format", fmt, "--hq-packed-fraction", str(fraction)]
-    server = ServerProcess(str(model), args, env=STRICT_CHECKS | FEW_PRODUCTS, start_timeout_s=600, stop_grace_s=0)
+    server = ServerProcess(str(model), args, env=STRICT_CHECKS | FEW_PRODUCTS | NO_HOLES, start_timeout_s=600, stop_grace_s=0)
     server.argv[1:3] = [checked_server.__file__]
     with server:
         yield server

@@ -1,8 +1,8 @@
 """Tables from committed results: `python -m sgl_hq.launch.load_ab.readme_table README.md docs [--check]`.
 
 Reads docs/results/ab-*.json. Replaces what stands between <!-- ab-table --> and <!-- /ab-table --> in README by its most asked columns,
-and writes docs/ab.md with all of them, and those of docs/results/older besides; with --check it writes nothing and ends with 1 where either differs from its rows. Every row
-stays in both: those that lose and those that failed.
+and writes docs/ab.md with all of them, and those of docs/results/older besides; with --check it writes nothing and ends with 1 where
+either differs from its rows. Every row stays in both: those that lose and those that failed.
 """
 
 from __future__ import annotations

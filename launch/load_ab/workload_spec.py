@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sgl_hq.launch.load_ab.requests_file import Phase
 
 MAX_TOKENS = 1 << 20  # of one request; far above what any model here takes
 MAX_REQUESTS = 100_000
@@ -15,7 +17,7 @@ class WorkloadSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[\w.-]+$", description="how rows and files call this workload")
-    phases: tuple[Literal["cold", "warm"], ...] = Field(default=("cold", "warm"), description="to be run, if the workload has them")
+    phases: tuple[Phase, ...] = Field(default=get_args(Phase), description="to be run, if the workload has them")
 
     @field_validator("phases")
     @classmethod

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.pool.packed_tier import some_ids
 
 # A page's holders are counted in one int64, 15 bits for each kind.
 _HOLDERS = ("free", "in the tree", "of a request alone", "lent")
@@ -61,17 +62,13 @@ def differences(holders: np.ndarray) -> list[str]:
     kinds = np.stack([(holders >> _BITS * kind) & mask for kind in range(len(_HOLDERS))])  # [4, pages + 2]
     found, held = [], kinds[:, 1:-1]
     if (lost := np.flatnonzero(held.sum(0) == 0) + 1).size:
-        found.append(f"dense pages lost, held by nobody: {_some(lost)}")
+        found.append(f"dense pages lost, held by nobody: {some_ids(lost)}")
     for kind, name in enumerate(_HOLDERS):
         if (twice := np.flatnonzero(held[kind] > 1) + 1).size:
-            found.append(f"dense pages twice {name}: {_some(twice)}")
+            found.append(f"dense pages twice {name}: {some_ids(twice)}")
         for other in range(kind):
             if (both := np.flatnonzero((held[kind] > 0) & (held[other] > 0)) + 1).size:
-                found.append(f"dense pages both {_HOLDERS[other]} and {name}: {_some(both)}")
+                found.append(f"dense pages both {_HOLDERS[other]} and {name}: {some_ids(both)}")
         if outside := int(kinds[kind, 0] + kinds[kind, -1]):
             found.append(f"{outside} page ids {name} are not of the dense tier")
     return found
-
-
-def _some(pages: np.ndarray) -> str:
-    return ", ".join(map(str, pages[:8].tolist())) + (f", ... ({len(pages)} in all)" if len(pages) > 8 else "")

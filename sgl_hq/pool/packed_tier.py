@@ -7,7 +7,7 @@ once and never re-quantised; it leaves the tier only by `free`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,7 +123,7 @@ class PackedTier:
         holders = np.flatnonzero(sink_of_page != NO_SINK)
         found += _not_each_once("sink slot", self.sizes.sinks, {"free": self._free_sinks, "of a page": sink_of_page[holders]})
         if len(astray := np.setdiff1d(holders, owned)):
-            found.append(f"packed pages that no node owns hold sink slots: {_some(astray)}")
+            found.append(f"packed pages that no node owns hold sink slots: {some_ids(astray)}")
         return found
 
     # ---- pages ---------------------------------------------------------------------------------------------------
@@ -251,18 +251,17 @@ def _not_each_once(what: str, total: int, lists: dict[str, Sequence[int]]) -> li
     count = {name: np.bincount(listed[known[name]], minlength=total) for name, listed in ids.items()}
     found = []
     if len(lost := np.flatnonzero(sum(count.values()) == 0)):
-        found.append(f"{what}s lost, neither {' nor '.join(lists)}: {_some(lost)}")
+        found.append(f"{what}s lost, neither {' nor '.join(lists)}: {some_ids(lost)}")
     for name, of_list in count.items():
         if len(twice := np.flatnonzero(of_list > 1)):
-            found.append(f"{what}s twice {name}: {_some(twice)}")
+            found.append(f"{what}s twice {name}: {some_ids(twice)}")
     if len(both := np.flatnonzero(np.minimum.reduce(list(count.values())))):
-        found.append(f"{what}s both {' and '.join(lists)}: {_some(both)}")
+        found.append(f"{what}s both {' and '.join(lists)}: {some_ids(both)}")
     if len(unknown := np.unique(np.concatenate([listed[~known[name]] for name, listed in ids.items()]))):
-        found.append(f"{what}s that do not exist: {_some(unknown)}")
+        found.append(f"{what}s that do not exist: {some_ids(unknown)}")
     return found
 
 
-def _some(ids: Iterable[int]) -> str:
+def some_ids(ids: np.ndarray) -> str:
     """The first ids, and how many there are."""
-    ids = sorted(ids)
-    return ", ".join(map(str, ids[:8])) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
+    return ", ".join(map(str, ids[:8].tolist())) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")

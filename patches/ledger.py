@@ -121,10 +121,10 @@ LEDGER: tuple[Patch, ...] = (
     Patch(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result", "after", "sgl_hq.patches.scheduler:batch_done",
         ("self", "batch", "result"),
-        "no event says that a batch is done: the moment to export metrics and to audit", "plugins are told of batches",
+        "no event says that a batch is done: the moment to end packings, to export metrics and to audit", "plugins are told of batches",
     ),
     Patch(
         "sglang.srt.managers.scheduler.Scheduler.on_idle", "before", "sgl_hq.patches.scheduler:idle", ("self",),
-        "metrics of the last batches would stay behind when requests end", "as above",
+        "packings and metrics of the last batches would stay behind when requests end", "as above",
     ),
 )

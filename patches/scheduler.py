@@ -17,11 +17,13 @@ def add_state(result, _scheduler, _recv_req):
     result.internal_state["hq"] = _monitor.state()
 
 
-def batch_done(_result, _scheduler, _batch, _batch_result):
+def batch_done(_result, scheduler, _batch, _batch_result):
     """AFTER Scheduler.process_batch_result: SGLang's books are at rest, with the overlap schedule too."""
+    scheduler.tree_cache.batch_done()
     _monitor.batch_done()
 
 
-def idle(_scheduler):
+def idle(scheduler):
     """BEFORE Scheduler.on_idle, which may sleep."""
+    scheduler.tree_cache.settle()
     _monitor.idle()

@@ -20,6 +20,8 @@ from poison import poison_dense
 from two_tier_parts import ROWS, P, build
 
 from sgl_hq.config import AUTO
+from sgl_hq.kernels.page_codec import NonFiniteError
+from sgl_hq.pool.packing import Packing
 
 DENSE_PAGES, MAX_TOKENS = 24, 12 * P
 SINKS = "sink4-K8V8"  # a format whose sequences need sink slots as well
@@ -71,18 +73,23 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.pool.move_packed_pages, self.move_packed_pages = self._recorded_move, self.pool.move_packed_pages
         self.tree._emptied_slab, self.emptied_slab = self._checked_emptying, self.tree._emptied_slab
         self.packed_values: dict[int, torch.Tensor] = {}  # page -> K of its tokens when it was packed
+        self.refuse_next = False
         poison_dense(self.allocator)  # what eviction and packing leave behind must never be read
 
     # ---- what the scheduler does -------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.live) < ROWS)
-    @rule(family=st.integers(0, 3), shared_pages=st.integers(0, 6), own=st.integers(1, 2 * P), salt=st.integers(0, 3), chunk=st.integers(1, 12 * P))
-    def arrive(self, family, shared_pages, own, salt, chunk=MAX_TOKENS):
+    @rule(
+        family=st.integers(0, 3), shared_pages=st.integers(0, 6), own=st.integers(1, 2 * P), salt=st.integers(0, 3),
+        chunk=st.integers(1, 12 * P), refuse=st.integers(0, 7),
+    )  # fmt: skip
+    def arrive(self, family, shared_pages, own, salt, chunk=MAX_TOKENS, refuse=0):
         """Prefill a request, or its first `chunk` new tokens: match, lock, allocate, write, insert (SGLang's PrefillAdder,
-        alloc_for_extend, result)."""
+        alloc_for_extend, result). refuse: at 7, the format cannot hold the values of the next node that is packed."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
+        self.refuse_next |= refuse == 7
         tokens = prompt(family, shared_pages, own, salt)
         self.serial += 1
         req = Request(f"r{self.serial}", tokens)
@@ -137,6 +144,7 @@ class TwoTierMachine(RuleBasedStateMachine):
             req.tokens = req.tokens + [9000 + token]
             req.allocated = req.filled = req.allocated + 1
             self._write(req, req.allocated - 1, req.allocated)
+            self.tree.batch_done()
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99), insert=st.booleans())
@@ -150,6 +158,10 @@ class TwoTierMachine(RuleBasedStateMachine):
         before = self.allocator.available_size()
         self._evict(pages * P)
         assert self.allocator.available_size() - before >= min(pages * P, evictable), "evict gave less than promised"
+
+    @rule()
+    def idle(self):
+        self.tree.settle()
 
     @precondition(lambda self: not self.live)
     @rule()
@@ -217,7 +229,8 @@ class TwoTierMachine(RuleBasedStateMachine):
     def _checked_drop(self, leaf) -> None:
         """Stands before the tree's `_drop`."""
         assert leaf.lock_ref == 0 and not leaf.children, "a node in use is dropped"
-        if self.evicting and leaf.id not in self.tree._pages_of:
+        unpackable = any(n.id in self.tree._unpackable for n in self.tree._path(leaf))
+        if self.evicting and leaf.id not in self.tree._pages_of and not unpackable:
             tier = self.pool.packed
             begins = next(n for n in self.tree._path(leaf) if n.id not in self.tree._pages_of).parent is self.tree.root_node
             if not (begins and tier.sink_tokens and not tier.sinks_free):
@@ -226,12 +239,23 @@ class TwoTierMachine(RuleBasedStateMachine):
                 assert not older, "a dense page is dropped although a packed one is older"
         self.drop(leaf)
 
-    def _recorded_pack(self, dense_slots, starts_sequence) -> list[int]:
-        """Stands before the pool's `pack_pages`."""
-        pages = self.pack_pages(dense_slots, starts_sequence)
+    def _recorded_pack(self, dense_slots, starts_sequence) -> Packing:
+        """Stands before the pool's `pack_pages`. The pages hold NaN for as long as a kernel may take to write them."""
+        packing = self.pack_pages(dense_slots, starts_sequence)
         values = self.pool.k_buffer[0][dense_slots, 0, 0].clone().split(P)
-        self.packed_values.update(zip(pages, values, strict=True))
-        return pages
+        self.packed_values.update(zip(packing.pages, values, strict=True))
+        refused, self.refuse_next = self.refuse_next, False
+        where, records = torch.tensor(packing.pages), self.pool.packed.records[0]
+        written = records[where].clone()
+        records[where] = 0xFF
+
+        def error():
+            if refused:
+                return NonFiniteError("NaN")
+            records[where] = written
+            return packing.error()
+
+        return Packing(packing.pages, error)
 
     def _checked_emptying(self, free):
         """Stands before the tree's `_emptied_slab`, which may copy pages that nobody reads."""
@@ -267,6 +291,7 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.tree.on_rows_allocated([req])
         self._write(req, prefix, end)
         self.tree.cache_unfinished_req(req, chunked=_unfinished(req))
+        self.tree.batch_done()
 
     def _write(self, req, start, end):
         slots = self.rows.req_to_token[req.req_pool_idx, start:end].long()

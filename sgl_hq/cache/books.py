@@ -47,10 +47,11 @@ def tree_differences(tree: PackingRadixCache) -> list[str]:
 
 
 def packed_differences(tree: PackingRadixCache) -> list[str]:
-    """Every packed page and sink slot is free or in one node, once; each slab is in one tier."""
+    """Every packed page and sink slot is free, in one node or being written for one, once; each slab is in one tier."""
     if tree.packed_tier is None:
         return []
-    found = tree.packed_tier.differences([page for _, pages in tree.packed_nodes() for page in pages])
+    owned = [page for _, pages in tree.packed_nodes() for page in pages] + tree.pages_under_way
+    found = tree.packed_tier.differences(owned)
     return found + (slab_differences(tree._memory, tree.packed_tier) if tree.elastic else [])
 
 

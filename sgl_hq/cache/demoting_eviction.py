@@ -37,10 +37,10 @@ class DemotingEviction(SlabLending):
         """Free at least `params.num_tokens` dense tokens if that many are evictable; packed nodes give none but by their slabs."""
         if self._packed is None or self.disable:
             return super().evict(params)
-        start_time, freed = time.perf_counter(), 0
-        if spare := self._spare_tokens(params.num_tokens):
-            freed = self._evict_dense(spare)
-            freed -= spare if freed >= spare and self._lend() else 0
+        start_time, freed = time.perf_counter(), self.settle()
+        if freed < params.num_tokens and (spare := self._spare_tokens(params.num_tokens - freed)):
+            gained = self._evict_dense(spare)
+            freed += gained - (spare if gained >= spare and self._lend() else 0)
         freed += self._evict_dense(params.num_tokens - freed)
         while freed < params.num_tokens and (back := self._reclaim()):
             freed += back
@@ -74,9 +74,10 @@ class DemotingEviction(SlabLending):
                 break
             room, pages = self._room_for(node, key), len(node.key) // self.page_size
             if room.pages:
-                if not self._pack_into(room, self._first_pages(node, room.pages)):
+                self._begin(room, self._first_pages(node, room.pages))
+                if not (packed := self.settle()):
                     break
-                freed += room.pages * self.page_size
+                freed += packed
             if room.pages < pages:
                 self.refusals.no_room(pages - room.pages, 1, self._packed, self.packed_live_pages)
                 break

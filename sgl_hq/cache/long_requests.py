@@ -32,9 +32,11 @@ def hold_to_dense_tier(tree: PackingRadixCache, dense_tokens: int, request: Req)
     if ceil_align(len(request.full_untruncated_fill_ids), PAGE_TOKENS) + answer < room:
         return
     need = _dense_need(tree, request)
-    if need + min(answer, CLIP_MAX_NEW_TOKENS) >= room and tree.pack_path(request.last_node):
-        request.init_next_round_input(tree)  # the prefix has other ids now
-        need = _dense_need(tree, request)
+    if need + min(answer, CLIP_MAX_NEW_TOKENS) >= room:
+        tree.pack_path(request.last_node)
+        if tree.settle():
+            request.init_next_round_input(tree)  # the prefix has other ids now
+            need = _dense_need(tree, request)
     if need + 1 >= room:
         request.set_finish_with_abort(
             f"sgl_hq: the request needs {need} tokens of KV that are not packed, and the dense tier holds {dense_tokens}: shorten it, send "

@@ -33,8 +33,8 @@ from sgl_hq.cache.demoting_eviction import DemotingEviction
 from sgl_hq.cache.live_requests import LiveRequests
 from sgl_hq.cache.pack_counters import PackCounters
 from sgl_hq.cache.packed_room import Room
+from sgl_hq.cache.packings_under_way import PackingsUnderWay, UnderWay
 from sgl_hq.cache.refusals import RefusalLog
-from sgl_hq.kernels.page_codec import UnpackablePageError
 from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 from sgl_hq.records import EMPTY_RUN, PackedRun, Segment
 
@@ -53,9 +53,12 @@ class PackingRadixCache(DemotingEviction):
         self.checksums: PageChecksums | None = None  # of packed pages, while an audit runs
         self.epoch = 0
         self.live = LiveRequests(self.packed_run, lambda: self.epoch)
+        self._under_way = PackingsUnderWay()
         super().__init__(params)
 
     def reset(self):
+        for item in self._under_way.take_all():
+            item.packing.error()  # until then the device writes their pages
         if self.checksums is not None:
             self.checksums.check([page for pages in self._pages_of.values() for page in pages])
         super().reset()
@@ -106,13 +109,16 @@ class PackingRadixCache(DemotingEviction):
     # ---- packing -------------------------------------------------------------------------------------------------
 
     def pack(self, node: TreeNode) -> bool:
-        """Move a dense node into the packed tier, once and whole; its dense pages are freed at once.
+        """Begin to move a dense node into the packed tier, once and whole. It is packed, and its dense pages are freed, some
+        batches later (`batch_done`), or when `settle` is called.
 
-        The parent must be packed or the root. Locked (running) nodes may be packed: running requests look their
+        The parent must be packed, or begun before, or the root. Locked (running) nodes may be packed: running requests look their
         pages up through `live`. Returns False when the tier has no room for all of it, nodes that are to go before it
-        counted as room, or when the values cannot be packed.
+        counted as room, or when the values are known not to be packable.
         """
-        assert node.id not in self._pages_of and (node.parent is self.root_node or node.parent.id in self._pages_of)
+        parent = node.parent
+        assert node.id not in self._pages_of and node not in self._under_way
+        assert parent is self.root_node or parent.id in self._pages_of or parent in self._under_way
         if node.id in self._unpackable:
             return False
         pages = len(node.key) // self.page_size
@@ -121,32 +127,60 @@ class PackingRadixCache(DemotingEviction):
         if room.pages < pages:
             self.refusals.no_room(pages, pages, self._packed, self.packed_live_pages)
             return False
-        return self._pack_into(room, node)
+        self._begin(room, node)
+        return True
 
-    def pack_path(self, node: TreeNode, wanted: Callable[[TreeNode], bool] = lambda n: True) -> bool:
-        """Pack the dense part of the path to `node` from the top, down to the first that is not `wanted` or has no room; whether any was packed."""
-        packed = False
+    def pack_path(self, node: TreeNode, wanted: Callable[[TreeNode], bool] = lambda n: True) -> None:
+        """Begin to pack the dense part of the path to `node` from the top, down to the first that is not `wanted` or has no room."""
         for n in self._path(node):
-            if n.id in self._pages_of:
+            if n.id in self._pages_of or n in self._under_way:
                 continue
             if not (wanted(n) and self.pack(n)):
                 break
-            packed = True
-        return packed
 
-    def _pack_into(self, room: Room, node: TreeNode) -> bool:
+    def batch_done(self) -> None:
+        """A batch has been processed: what began to be packed some batches ago is packed now."""
+        self._under_way.batch += 1
+        for item in self._under_way.take_done():
+            self._finish(item)
+
+    def settle(self) -> int:
+        """Everything that has begun is packed, or known not to be packable, now; returns the dense tokens that came free. Waits for the device."""
+        return sum(self._finish(item) for item in self._under_way.take_all())
+
+    def _begin(self, room: Room, node: TreeNode) -> None:
         """`room` holds all of `node`; its victims are lost."""
         for victim in room.victims:
             self._drop(victim)
-        dense_slots, start_time = node.value, time.perf_counter()
-        try:
-            pages = self._pool.pack_pages(dense_slots, node.parent is self.root_node)
-        except UnpackablePageError as reason:
-            self._unpackable.add(node.id)
-            self.refusals.unpackable(len(node.key) // self.page_size, reason)
-            return False
+        start_time = time.perf_counter()
+        packing = self._pool.pack_pages(node.value, node.parent is self.root_node)
+        self._under_way.add(node, packing, time.perf_counter() - start_time)
+
+    def _finish(self, item: UnderWay) -> int:
+        """The nodes of `item` become packed, and the dense tokens that come free are returned: 0 if these or the values above cannot be packed."""
+        start_time, pages, top = time.perf_counter(), item.packing.pages, item.nodes[0]
+        error = item.packing.error()
+        if error is not None or not (top.parent is self.root_node or top.parent.id in self._pages_of):
+            self._packed.free(pages)
+            if error is not None:
+                self._unpackable.update(node.id for node in item.nodes)
+                self.refusals.unpackable(len(pages), error)
+            return 0
         if self.checksums is not None:
             self.checksums.take(pages)
+        at = 0
+        for node in item.nodes:
+            end = at + len(node.key) // self.page_size
+            self._become_packed(node, pages[at:end])
+            at = end
+        self.epoch += 1
+        self.counters.packed(len(pages), item.seconds + time.perf_counter() - start_time)
+        self._tell_tier_changed()
+        return len(pages) * self.page_size
+
+    def _become_packed(self, node: TreeNode, pages: list[int]) -> None:
+        """The dense pages are freed at once: whoever writes into them is a forward that runs after those which read them."""
+        dense_slots = node.value
         if node.lock_ref:
             self.packed_live_pages += len(pages)
             self.protected_size_ -= len(node.key)
@@ -155,10 +189,6 @@ class PackingRadixCache(DemotingEviction):
         self._hold_pages(node, pages)
         self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
         self._enter_order(node)
-        self.epoch += 1
-        self.counters.packed(len(pages), time.perf_counter() - start_time)
-        self._tell_tier_changed()
-        return True
 
     def _hold_pages(self, node: TreeNode, pages: list[int]) -> None:
         """`node` is packed, in `pages`."""
@@ -217,6 +247,7 @@ class PackingRadixCache(DemotingEviction):
             self._users_of[upper.id] = self._users_of[child.id]
         if child.id in self._unpackable:
             self._unpackable.add(upper.id)
+        self._under_way.split(upper, child)
         pages = self._pages_of.get(child.id)
         if pages is not None:
             at = split_len // self.page_size
@@ -250,6 +281,11 @@ class PackingRadixCache(DemotingEviction):
     def packed_tier(self):
         """PackedTier, or None in mode `exact`."""
         return self._packed
+
+    @property
+    def pages_under_way(self) -> list[int]:
+        """Packed pages that are being written; their nodes are still dense."""
+        return self._under_way.pages
 
     def packed_nodes(self) -> list[tuple[TreeNode, array]]:
         """Packed nodes of the tree, with their pages, from the root down."""

@@ -7,7 +7,7 @@ once and never re-quantised; it leaves the tier only by `free`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from sgl_hq.kernels.page_codec import PageCodec, UnpackablePageError
 from sgl_hq.page_format import PAGE_TOKENS
+from sgl_hq.pool.packing import Packing, ids_on, unpackable_on
 from sgl_hq.pool.sizing import KVShape, TierSizes
 
 if TYPE_CHECKING:
@@ -130,13 +131,11 @@ class PackedTier:
 
     def write(
         self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor], dense_slots: torch.Tensor, starts_sequence: bool
-    ) -> list[int]:
-        """Pack whole pages out of the dense tier; returns their packed page ids in order. On a GPU this waits for the
-        current stream: whether the format could hold the values is known there.
+    ) -> Packing:
+        """Begin to pack whole pages out of the dense tier. The pages are in use from now on; after an error the caller frees them.
 
         k_layers, v_layers: per layer [dense slots, kv_heads, head_dim] bf16; dense_slots: [n_pages * 64] int64.
-        starts_sequence: the first page holds the first tokens of a sequence, whose sinks stay bf16.
-        Caller checks `has_room`. Raises UnpackablePageError (nothing is kept then) if the format cannot hold the values.
+        starts_sequence: the first page holds the first tokens of a sequence, whose sinks stay bf16. Caller checks `has_room`.
         """
         n_pages = len(dense_slots) // PAGE_TOKENS
         needs_sink = starts_sequence and self.sink_tokens > 0
@@ -146,33 +145,35 @@ class PackedTier:
             self._sink_of_page[pages[0]] = self._free_sinks.pop()
         try:
             pack = self._pack_on_gpu if self.on_gpu else self._pack_on_cpu
-            pack(k_layers, v_layers, dense_slots, pages)
+            return Packing(pages, pack(k_layers, v_layers, dense_slots, pages))
         except Exception:
             self.free(pages)
             raise
-        return pages
 
-    def _pack_on_cpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> None:
-        where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
+    def _pack_on_cpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> Callable[[], UnpackablePageError | None]:
+        where = ids_on(dense_slots.device, pages)
         sink_slot = self._sink_of_page[pages[0]]
         for layer, (k, v) in enumerate(zip(k_layers, v_layers)):
             k_pages = k[dense_slots].unflatten(0, (len(pages), PAGE_TOKENS))
             v_pages = v[dense_slots].unflatten(0, (len(pages), PAGE_TOKENS))
-            records, sink = self.codecs[layer].pack(k_pages, v_pages, first_has_sink=sink_slot != NO_SINK)
+            try:
+                records, sink = self.codecs[layer].pack(k_pages, v_pages, first_has_sink=sink_slot != NO_SINK)
+            except UnpackablePageError as reason:
+                return lambda error=reason: error
             self.records[layer][where] = records
             if sink_slot != NO_SINK:
                 self.sink_slots[layer][sink_slot] = sink
+        return lambda: None
 
-    def _pack_on_gpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> None:
+    def _pack_on_gpu(self, k_layers, v_layers, dense_slots, pages: list[int]) -> Callable[[], UnpackablePageError | None]:
         from sgl_hq.kernels.page_codec.launcher import pack_pages
 
-        where = torch.tensor(pages, dtype=torch.int64, device=dense_slots.device)
+        where = ids_on(dense_slots.device, pages)
         dense_pages = dense_slots[::PAGE_TOKENS] // PAGE_TOKENS
         sink_slot = self._sink_of_page[pages[0]]
         layout = self.codecs[0].layout
         status = pack_pages(layout, k_layers, v_layers, dense_pages, self.arena, where, self.sink_arena, sink_slot)
-        if status.any():
-            raise UnpackablePageError(f"format {layout.fmt.name} cannot hold the values of {int(status.count_nonzero())} pages")
+        return unpackable_on(status, dense_slots, layout.fmt.name)
 
     def warm_up(self, k_layers: list[torch.Tensor], v_layers: list[torch.Tensor]) -> None:
         """Compile the kernels of `write`, with a sink and without: the first request to be packed must not wait for that.
@@ -181,7 +182,9 @@ class PackedTier:
         """
         for starts_sequence in (True, False):
             slots = torch.arange(PAGE_TOKENS, device=k_layers[0].device)
-            self.free(self.write(k_layers, v_layers, slots, starts_sequence))
+            packing = self.write(k_layers, v_layers, slots, starts_sequence)
+            packing.error()
+            self.free(packing.pages)
 
     def read(self, layer: int, pages: torch.Tensor, first_page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a run of pages of one layer, unpacked.
@@ -225,7 +228,7 @@ class PackedTier:
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """The records of `sources` to the free pages `targets`, which are in use then, and `sources` are free. Sinks stay in their slots."""
-        here, there = (torch.tensor(pages, dtype=torch.int64, device=self.records[0].device) for pages in (sources, targets))
+        here, there = (ids_on(self.records[0].device, pages) for pages in (sources, targets))
         for layer in self.records:
             layer[there] = layer[here]
         for source, target in zip(sources, targets, strict=True):

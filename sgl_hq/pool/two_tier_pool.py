@@ -18,6 +18,7 @@ from sgl_hq.pool.chunks import granularity
 from sgl_hq.pool.codecs import codecs_of_server
 from sgl_hq.pool.elastic_memory import ElasticMemory
 from sgl_hq.pool.packed_tier import PackedTier
+from sgl_hq.pool.packing import Packing, ids_on
 from sgl_hq.pool.sizing import KVShape, tiers_of_dense
 from sgl_hq.pool.slabs import slabs_of_dense
 
@@ -89,13 +90,12 @@ class HQTokenToKVPool(MHATokenToKVPool):
         packed = self.packed.bytes_allocated if self.packed else 0
         return k_bytes + packed // 2, v_bytes + packed - packed // 2
 
-    def pack_pages(self, dense_slots: torch.Tensor, starts_sequence: bool) -> list[int]:
-        """Copy whole dense pages into the packed tier (`PackedTier.write`); the caller frees the dense pages.
+    def pack_pages(self, dense_slots: torch.Tensor, starts_sequence: bool) -> Packing:
+        """Begin to copy whole dense pages into the packed tier (`PackedTier.write`); the caller frees the dense pages when that is done.
 
         With SGLang's overlap schedule a forward may be under way whose KV these pages hold, or which reads the packed
         pages that are overwritten here. So the kernel runs behind it, on its stream; whoever writes into the freed
-        dense pages is a later forward on that stream. `write` waits for the kernel: the host, and the GPU after it,
-        idle from the end of that forward to the next launch, once per packed node.
+        dense pages is a later forward on that stream. The host does not wait.
         """
         with self._behind_forwards():
             return self.packed.write(self.k_buffer, self.v_buffer, dense_slots, starts_sequence)
@@ -121,7 +121,7 @@ class HQTokenToKVPool(MHATokenToKVPool):
     def move_dense_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copy whole dense pages, behind the forward that is under way; no page is in both lists."""
         with self._behind_forwards():
-            here, there = (torch.tensor(pages, dtype=torch.int64, device=self.device) for pages in (sources, targets))
+            here, there = (ids_on(self.device, pages) for pages in (sources, targets))
             for buffer in (*self.k_buffer, *self.v_buffer):
                 pages = buffer.unflatten(0, (-1, PAGE_TOKENS))
                 pages[there] = pages[here]
@@ -142,7 +142,7 @@ class HQTokenToKVPool(MHATokenToKVPool):
 
     def packed_token_ids(self, pages: list[int]) -> torch.Tensor:
         """[len(pages) * 64] int64 ids that stand for the tokens of packed pages."""
-        first = torch.tensor(pages, dtype=torch.int64, device=self.device) * PAGE_TOKENS + self.packed_base
+        first = ids_on(self.device, pages) * PAGE_TOKENS + self.packed_base
         return (first[:, None] + torch.arange(PAGE_TOKENS, device=self.device)).flatten()
 
     def move_kv_cache(self, tgt_loc, src_loc):

@@ -54,7 +54,7 @@ class Harness:
                 k, v = self.pool.get_kv_buffer(layer)
                 self.truth[layer].append((k[slots].transpose(0, 1).clone(), v[slots].transpose(0, 1).clone()))
         if shared_pages and fmt != "exact":
-            pages = self.pool.pack_pages(shared, starts_sequence=True)
+            pages = self.pool.pack_pages(shared, starts_sequence=True).pages
             run = PackedRun((Segment(0, tuple(pages)),), shared_pages * P)
             for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
                 buffer[shared] = float("nan")

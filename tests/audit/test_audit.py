@@ -39,8 +39,10 @@ class Server:
         self.audit = Audit(self.tree, self.allocator, self.req_to_token, every=2, raises=raises)
         self.packed = self.insert(0, 2)
         self.tree.pack(self.packed)
+        self.tree.settle()
         self.below = self.insert(0, 5)
         self.tree.pack(self.below)
+        self.tree.settle()
         self.dense = self.insert(1, 3)
         self.live()
 

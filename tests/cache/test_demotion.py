@@ -19,6 +19,7 @@ def _chat(machine, family: int, pages: int, leaves=True):
     machine.arrive(family=family, shared_pages=pages, own=1, salt=0, chunk=MAX_TOKENS)
     if leaves:
         machine.leave(pick=len(machine.live) - 1, insert=True)
+    machine.idle()
 
 
 def _cached_pages(machine, family: int) -> tuple[int, int]:
@@ -177,10 +178,7 @@ def test_values_the_format_cannot_hold_are_dropped_as_before(monkeypatch):
     machine = _machine()
     _chat(machine, family=0, pages=3)
 
-    def refuse(*_):
-        raise NonFiniteError("NaN")
-
-    monkeypatch.setattr(machine.pool, "pack_pages", refuse)
+    machine.refuse_next = True
     machine.tree._drop = machine.drop  # without the machine's check: there is room, and still nothing can be packed
     machine.evict(pages=3)
     assert _cached_pages(machine, 0) == (0, 0)
@@ -193,11 +191,11 @@ def test_below_values_that_the_format_cannot_hold_nothing_is_tried_again(monkeyp
     for salt in (0, 1):
         machine.arrive(family=0, shared_pages=4, own=2 * P, salt=salt, chunk=MAX_TOKENS)
         machine.leave(pick=0, insert=True)
-    tried = []
+    tried, pack = [], machine.pool.pack_pages
 
-    def refuse(*_):
+    def refuse(*args):
         tried.append(1)
-        raise NonFiniteError("NaN")
+        return pack(*args)._replace(error=lambda: NonFiniteError("NaN"))
 
     monkeypatch.setattr(machine.pool, "pack_pages", refuse)
     machine.tree._drop = machine.drop

@@ -108,11 +108,11 @@ def test_a_repacked_page_holds_no_byte_of_the_page_before(fmt, starts_sequence):
     for before in ("tenant", "poison", "zeros"):
         tier, shape = _tier(fmt)
         if before == "tenant":
-            tier.free(tier.write(*_kv(shape, 3, seed=1), torch.arange(3 * P), True))
+            tier.free(tier.write(*_kv(shape, 3, seed=1), torch.arange(3 * P), True).pages)
         elif before == "poison":
             for held in (*tier.records, *tier.sink_slots):
                 held.fill_(NAN_BYTE)
-        pages = tier.write(*_kv(shape, 2, seed=2), torch.arange(2 * P), starts_sequence)
+        pages = tier.write(*_kv(shape, 2, seed=2), torch.arange(2 * P), starts_sequence).pages
         sink = tier.sink_slot(pages[0])
         used.append([r[pages] for r in tier.records] + ([s[sink] for s in tier.sink_slots] if sink >= 0 else []))
     tenant, poison, zeros = used

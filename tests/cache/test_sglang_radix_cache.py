@@ -43,6 +43,7 @@ class Tree:
         self.parts.allocator.free_segment(slots[: result.prefix_len], start_pos=0)
         self.requests += 1
         self.cache._use(result.last_device_node, f"r{self.requests}")
+        self.cache.settle()
         self.check()
         return result.prefix_len, kv
 

@@ -22,6 +22,7 @@ def _chat(machine, family: int, pages: int, leaves=True):
     machine.arrive(family=family, shared_pages=pages, own=1, salt=0, chunk=MAX_TOKENS)
     if leaves:
         machine.leave(pick=len(machine.live) - 1, insert=True)
+    machine.idle()
 
 
 def _is_sound(machine) -> None:

@@ -38,17 +38,17 @@ TestElasticMachine.settings = TestTwoTierMachine.settings
 
 
 def _keeps_dense_pages(monkeypatch, tree_class):
-    original = tree_class.pack
+    original = tree_class._become_packed
 
-    def pack(self, node):
+    def become_packed(self, node, pages):
         allocator = self.token_to_kv_pool_allocator
         self.token_to_kv_pool_allocator = SimpleNamespace(free_segment=lambda *a, **k: None)
         try:
-            return original(self, node)
+            original(self, node, pages)
         finally:
             self.token_to_kv_pool_allocator = allocator
 
-    monkeypatch.setattr(tree_class, "pack", pack)
+    monkeypatch.setattr(tree_class, "_become_packed", become_packed)
 
 
 def _counts_packed_as_dense(monkeypatch, tree_class):
@@ -56,15 +56,15 @@ def _counts_packed_as_dense(monkeypatch, tree_class):
 
 
 def _forgets_epoch(monkeypatch, tree_class):
-    original = tree_class.pack
+    original = tree_class._finish
 
-    def pack(self, node):
+    def finish(self, item):
         epoch = self.epoch
-        packed = original(self, node)
+        freed = original(self, item)
         self.epoch = epoch
-        return packed
+        return freed
 
-    monkeypatch.setattr(tree_class, "pack", pack)
+    monkeypatch.setattr(tree_class, "_finish", finish)
 
 
 def _splits_without_pages(monkeypatch, tree_class):
@@ -102,16 +102,67 @@ def _packs_out_of_order(monkeypatch, tree_class):
 
 
 def _frees_dense_pages_twice(monkeypatch, tree_class):
-    original = tree_class._pack_into
+    original = tree_class._become_packed
 
-    def pack_into(self, room, node):
+    def become_packed(self, node, pages):
         dense_slots = node.value
-        packed = original(self, room, node)
-        if packed:
-            self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
-        return packed
+        original(self, node, pages)
+        self.token_to_kv_pool_allocator.free_segment(dense_slots, start_pos=0)
 
-    monkeypatch.setattr(tree_class, "_pack_into", pack_into)
+    monkeypatch.setattr(tree_class, "_become_packed", become_packed)
+
+
+def _reads_what_the_device_has_not_written(monkeypatch, tree_class):
+    original = tree_class._finish
+
+    def finish(self, item):
+        return original(self, item._replace(packing=item.packing._replace(error=lambda: None)))
+
+    monkeypatch.setattr(tree_class, "_finish", finish)
+
+
+def _packs_below_what_cannot_be_packed(monkeypatch, tree_class):
+    original = tree_class._finish
+
+    def finish(self, item):
+        top = item.nodes[0]
+        parent, top.parent = top.parent, self.root_node
+        try:
+            return original(self, item)
+        finally:
+            top.parent = parent
+
+    monkeypatch.setattr(tree_class, "_finish", finish)
+
+
+def _keeps_pages_that_could_not_be_packed(monkeypatch, tree_class):
+    from sgl_hq.pool.packed_tier import PackedTier
+
+    original = tree_class._finish
+
+    def finish(self, item):
+        if item.packing.error() is None:
+            return original(self, item)
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedTier, "free", lambda self, pages: None)
+            return original(self, item)
+
+    monkeypatch.setattr(tree_class, "_finish", finish)
+
+
+def _flushes_while_the_device_writes(monkeypatch, tree_class):
+    original = tree_class.reset
+
+    def reset(self):
+        queue, self._under_way._queue = self._under_way._queue, type(self._under_way._queue)()
+        original(self)
+        self._under_way._queue = queue
+
+    monkeypatch.setattr(tree_class, "reset", reset)
+
+
+def _promises_what_is_being_packed(monkeypatch, tree_class):
+    monkeypatch.setattr(tree_class, "settle", lambda self: 0)
 
 
 def _drops_dense_without_freeing(monkeypatch, tree_class):
@@ -146,16 +197,16 @@ def _flush_keeps_packed_pages(monkeypatch, tree_class):
 
 
 def _takes_locked_for_evictable(monkeypatch, tree_class):
-    original = tree_class._pack_into
+    original = tree_class._become_packed
 
-    def pack_into(self, room, node):
+    def become_packed(self, node, pages):
         locks, node.lock_ref = node.lock_ref, 0
         try:
-            return original(self, room, node)
+            original(self, node, pages)
         finally:
             node.lock_ref = locks
 
-    monkeypatch.setattr(tree_class, "_pack_into", pack_into)
+    monkeypatch.setattr(tree_class, "_become_packed", become_packed)
 
 
 def _forgets_leaves_on_unlock(monkeypatch, tree_class):
@@ -356,6 +407,10 @@ LOCK = [_counts_packed_as_dense, _takes_locked_for_evictable, _forgets_leaves_on
 SPLIT = [_splits_without_pages, _forgets_epoch, _packs_out_of_order]
 ROOM = [_drops_parents_before_children, _no_packed_page_gives_way, _counts_a_victim_too_many]
 ORDER = [_forgets_what_it_has_just_packed, _forgets_leaves_that_stay_dense, _orders_by_keys_of_old, _keeps_victims_out_of_the_order]
+LATE = [
+    _reads_what_the_device_has_not_written, _packs_below_what_cannot_be_packed,
+    _keeps_pages_that_could_not_be_packed, _flushes_while_the_device_writes, _promises_what_is_being_packed,
+]  # fmt: skip
 DEMOTE = [_drops_instead_of_demoting, _demotes_below_dense_nodes, _demotes_whole_nodes_only, _promises_more_than_it_frees]
 
 
@@ -366,7 +421,7 @@ MOVE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *ORDER, *DEMOTE])
+@pytest.mark.parametrize("mutate", [*FREE, *LOCK, *SPLIT, *ROOM, *ORDER, *LATE, *DEMOTE])
 def test_the_machine_catches_a_mutant(mutate, monkeypatch):
     _caught(mutate, monkeypatch, TwoTierMachine)
 
@@ -401,11 +456,10 @@ def test_values_the_format_cannot_hold_stay_dense(monkeypatch, reason):
     machine = TwoTierMachine()
     machine.start(pack="insert", packed_fraction=0.5)
 
-    def refuse(*_args, **_kwargs):
-        raise reason
-
-    monkeypatch.setattr(machine.pool, "pack_pages", refuse)
+    pack = machine.pool.pack_pages
+    monkeypatch.setattr(machine.pool, "pack_pages", lambda *args: pack(*args)._replace(error=lambda: reason))
     machine.arrive(family=0, shared_pages=3, own=5, salt=0)
+    machine.idle()
     assert isinstance(machine.tree, PackingRadixCache) and machine.tree.counters.refused["unpackable"] == 1
     assert machine.pool.packed.pages_used == 0
     machine.every_request_reads_its_own_tokens()

@@ -20,31 +20,32 @@ _build = sgl_hq.plugin.build_radix_cache
 def build_poisoned(context):
     tree = _build(context)
     if tree._packed is not None:
-        _poison(tree._pool)
+        _poison(tree)
     return tree
 
 
-def _poison(pool) -> None:
-    tier, pack, free = pool.packed, pool.pack_pages, pool.packed.free
+def _poison(tree) -> None:
+    pool, tier, become_packed = tree._pool, tree.packed_tier, tree._become_packed
+    free = tier.free
     tier.arena[:, : tier.pages_total].fill_(NAN_BYTE)  # of elastic tiers, there is no memory behind the others
 
     def behind_the_forwards():
         return torch.cuda.stream(pool.forward_stream or torch.cuda.current_stream())
 
-    def pack_and_poison(dense_slots, starts_sequence):
-        pages = pack(dense_slots, starts_sequence)
+    def become_packed_and_poison(node, pages):
+        dense_slots = node.value
+        become_packed(node, pages)
         with behind_the_forwards():
             for buffer in (*pool.k_buffer, *pool.v_buffer):
                 buffer[dense_slots] = float("nan")
             torch.cuda.current_stream().synchronize()  # keeps `dense_slots` alive long enough
-        return pages
 
     def free_and_poison(pages):
         free(pages)
         with behind_the_forwards():
             tier.arena[:, torch.tensor(list(pages), device=tier.arena.device)] = NAN_BYTE
 
-    pool.pack_pages, tier.free = pack_and_poison, free_and_poison
+    tree._become_packed, tier.free = become_packed_and_poison, free_and_poison
 
 
 sgl_hq.plugin.build_radix_cache = build_poisoned

@@ -130,7 +130,7 @@ def test_packed_pages_keep_their_values_while_slabs_come_and_go(name):
     _lend(memory, tier, 5)
     _lend(memory, tier, 3)
     tier._free_pages = array("i", sorted(tier._free_pages))  # the highest are taken first
-    pages = tier.write(memory.k_buffers, memory.v_buffers, slots, True)
+    pages = tier.write(memory.k_buffers, memory.v_buffers, slots, True).pages
     assert max(pages) >= memory.slabs.packed_pages(1), "the last slab holds some of them"
     before = _unpacked(tier, pages)
     sources, targets = tier.moves_below(memory.slabs.packed_pages(1))

@@ -51,7 +51,7 @@ def test_packed_pages_keep_their_values_wherever_the_boundary_goes(name, steps):
     read = lambda pages: [tuple(x.clone() for x in tier.read(layer, torch.tensor([p]), p)) for p in pages for layer in range(2)]
     for step, n, starts in steps:
         if step == "write" and tier.has_room(1 + n % SLAB, starts):
-            pages = tier.write(k, v, torch.arange((1 + n % SLAB) * P), starts)
+            pages = tier.write(k, v, torch.arange((1 + n % SLAB) * P), starts).pages
             held.append((pages, read(pages)))
         elif step == "free" and held:
             tier.free(held.pop(n % len(held))[0])

@@ -46,8 +46,8 @@ def test_vllm_49716_strides_are_not_shapes(name):
     wide_k, wide_v = [w[:, :, :64] for w in wide], [w[:, :, 128:] for w in wide]
     assert not wide_k[0].is_contiguous() and not padded.records[0].is_contiguous()
 
-    expected = _read(plain, plain.write(k, v, slots, starts_sequence=True))
-    got = _read(padded, padded.write(wide_k, wide_v, slots, starts_sequence=True))
+    expected = _read(plain, plain.write(k, v, slots, starts_sequence=True).pages)
+    got = _read(padded, padded.write(wide_k, wide_v, slots, starts_sequence=True).pages)
     assert all(map(torch.equal, got, expected))
 
 
@@ -55,11 +55,11 @@ def test_vllm_49716_strides_are_not_shapes(name):
 def test_vllm_51091_later_batches_leave_the_scales_of_earlier_pages(name):
     """vLLM #51091: the scales of pages written before were wiped by the first batch that ran."""
     tier = _tier(name)
-    first = tier.write(*_dense(2, seed=1), torch.arange(2 * P), starts_sequence=True)
+    first = tier.write(*_dense(2, seed=1), torch.arange(2 * P), starts_sequence=True).pages
     records = [r[first].clone() for r in tier.records]
     expected = _read(tier, first)
     for seed in (2, 3):
-        later = tier.write(*_dense(3, seed), torch.arange(3 * P), starts_sequence=True)
+        later = tier.write(*_dense(3, seed), torch.arange(3 * P), starts_sequence=True).pages
         _read(tier, later)
         tier.free(later)
         assert all(torch.equal(r[first], before) for r, before in zip(tier.records, records))
@@ -75,7 +75,7 @@ def test_vllm_38479_every_width_is_the_one_asked_for():
         tier = _tier(f"K{bits}V{bits}")
         codes_bytes = 2 * P * SHAPE.head_dim * bits // 8
         assert codes_bytes < tier.codecs[0].layout.record_bytes < codes_bytes + 2 * P * SHAPE.head_dim // 4
-        got_k, got_v = tier.read(0, torch.tensor(pages := tier.write(k, v, slots, True)), pages[0])
+        got_k, got_v = tier.read(0, torch.tensor(pages := tier.write(k, v, slots, True).pages), pages[0])
         errors.append([float((g.transpose(0, 1) - d[0]).square().mean().sqrt()) for g, d in ((got_k, k), (got_v, v))])
     for coarse, fine in zip(errors, errors[1:]):
         for of_coarse, of_fine in zip(coarse, fine):

@@ -211,7 +211,7 @@ def test_kv_goes_to_its_slots_and_nowhere_else(head_dim, v_head_dim):
     assert [tuple(b.shape) for b in buffers] == [((PAGES + 1) * P, 2, dim) for dim in (head_dim, head_dim, v_head_dim, v_head_dim)]
     for buffer in buffers:
         buffer.copy_(torch.randn(buffer.shape))
-    pages = pool.packed.write(pool.k_buffer, pool.v_buffer, torch.arange(P, 3 * P), starts_sequence=True)
+    pages = pool.packed.write(pool.k_buffer, pool.v_buffer, torch.arange(P, 3 * P), starts_sequence=True).pages
     before, packed = [b.clone() for b in buffers], [r.clone() for r in pool.packed.records]
     loc = torch.randperm(PAGES * P)[:16] + P  # packed from and not
     k, v = torch.randn(16, 2, head_dim).bfloat16(), torch.randn(16, 2, v_head_dim).bfloat16()

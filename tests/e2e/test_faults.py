@@ -36,9 +36,9 @@ def _generate(url: str, *args, **kwargs) -> dict:
 
 
 def _packed_answer(url: str, tokens: list[int], new_tokens: int) -> list[int]:
-    """Of a request that reads the prefix from packed pages: the second, since the first one's were dense, and a lossy format may
-    choose another token where two are about as likely."""
-    for _ in range(2):
+    """Of a request that reads the prefix from packed pages: the third, since the first one's were dense and became packed while the
+    second one ran, and a lossy format may choose another token where two are about as likely."""
+    for _ in range(3):
         answer = _generate(url, tokens, new_tokens)["output_ids"]
     return answer
 

@@ -1,6 +1,6 @@
 """The page in headless Chromium: nothing is fetched, nothing overflows, every plot is drawn and every arm has its rows.
 
-Needs Chromium and its driver. Where they cannot be installed, SGL_HQ_NO_BROWSER=1 leaves these tests out.
+Needs Chromium and its driver. Where they cannot be installed, HQ_NO_BROWSER=1 leaves these tests out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from load_ab.result_example import ARMS, FAILURE, result_example
 from sgl_hq.launch.load_ab.plot_svg import style
 from sgl_hq.launch.load_ab.report_html import write_html
 
-NO_BROWSER = os.environ.get("SGL_HQ_NO_BROWSER") == "1"  # read here: a fixture clears SGL_HQ_* for every test
+NO_BROWSER = os.environ.get("HQ_NO_BROWSER") == "1"
 DESKTOP, PHONE = (1280, 900), (400, 800)  # CSS pixels
 QUIET = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -37,8 +37,8 @@ def browser(tmp_path_factory):
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         if NO_BROWSER:
-            pytest.skip("SGL_HQ_NO_BROWSER=1, and chromium or chromedriver is not installed")
-        pytest.fail("chromium or chromedriver is not installed: apt-get install chromium chromium-driver, or set SGL_HQ_NO_BROWSER=1")
+            pytest.skip("HQ_NO_BROWSER=1, and chromium or chromedriver is not installed")
+        pytest.fail("chromium or chromedriver is not installed: apt-get install chromium chromium-driver, or set HQ_NO_BROWSER=1")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for option in (*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):

@@ -52,10 +52,11 @@ def test_the_same_prompt_of_two_tenants_is_cached_and_packed_for_each(server):
     for number, tenant in enumerate(("a", "b", None), start=1):
         cached, cold = _generate(server, tenant, PREFIX + [5])
         assert cached == 0, f"{tenant} was given pages of another tenant"
-        cached, answers[tenant] = _generate(server, tenant, PREFIX + [5])
-        assert cached == len(PREFIX)
+        for _ in range(2):  # the prefix becomes packed while the second one of all runs
+            cached, answers[tenant] = _generate(server, tenant, PREFIX + [5])
+            assert cached == len(PREFIX)
         assert state(server)["packed"]["pages_used"] == number * PAGES, "a tenant's second use packs pages of its own"
-        assert cold[0][1] == answers[tenant][0][1]
+        assert abs(cold[0][0] - answers[tenant][0][0]) < 0.5, "hq7 moves a log-probability by 0.2 at most, a foreign prefix by several"
     assert answers["a"] == answers["b"] == answers[None], "equal prompts over equal packed pages are equal to the bit"
 
 

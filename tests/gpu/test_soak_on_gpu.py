@@ -30,8 +30,9 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
 ARMS = {"bf16": ("bf16", 65536, "0.15"), "hq4": ("hq4", 65536, "0.15"), "hq4-auto": ("hq4", 16384, "auto")}
 NAMES = os.environ.get("SOAK_ARMS", ",".join(ARMS)).split(",")
 LOAD = Load(clients=48, families=16, longest=8192 + PAGE_TOKENS, new_tokens=64)
-ARGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0", "--hq-allow-ungated",
-        "--cuda-graph-max-bs-decode", "64", "--chunked-prefill-size", "4096", "--mem-fraction-static", "0.8"]  # fmt: skip
+ARGS = ["--attention-backend", "flashinfer", "--load-format", "dummy", "--skip-tokenizer-init", "--grammar-backend", "none",
+        "--random-seed", "0", "--hq-allow-ungated", "--cuda-graph-max-bs-decode", "64", "--chunked-prefill-size", "4096",
+        "--mem-fraction-static", "0.8"]  # fmt: skip
 HOST_GROWTH = 96 * MIB
 # Pools and graphs are allocated at the start; what grows is PyTorch's cache for prefills, which has seen every size by then.
 DEVICE_GROWTH = 256 * MIB

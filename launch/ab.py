@@ -89,7 +89,7 @@ def run(
         raise ABError("SGLANG_HQ_* options are set: the vanilla arm would inherit them; unset them, the arms set their own")
     arms = arms or [VANILLA, EXACT, DEFAULT_LOSSY]
     pack = pack or "shared"
-    packed_fraction = 0.5 if packed_fraction is None else packed_fraction
+    packed_fraction = HQConfig.packed_fraction if packed_fraction is None else packed_fraction
     if arms[0] != VANILLA:
         raise ABError(f"The first arm is {arms[0]!r}; it must be {VANILLA!r}, which the others are compared with")
     configs = [HQConfig(arm, pack, packed_fraction, allow_ungated=allow_ungated) for arm in arms if arm != VANILLA]

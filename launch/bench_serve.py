@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_hq.config import from_env
+from sgl_hq.config import HQConfig, from_env
 from sgl_hq.launch import pool_check
 from sgl_hq.launch.ab_compare import VANILLA, ABError, plugin_block
 from sgl_hq.launch.bench_arms import DEFAULT_ARMS, QUICK_ARMS, Arm, parse_arms
@@ -70,7 +70,7 @@ def run(
     model: str | None = None,
     tokenizer: Path | None = None,
     kv_tokens: int | None = None,
-    packed_fraction: float | str = 0.5,
+    packed_fraction: float | str = HQConfig.packed_fraction,
     pack: str | None = None,
     together: int = 1,
     repeats: int = 3,

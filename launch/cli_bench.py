@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sgl_hq.config import parse_packed_fraction
+from sgl_hq.config import AUTO, parse_packed_fraction
 
 bench = typer.Typer(help="Compare with vanilla on a GPU: attention kernels, or whole servers under load.", no_args_is_help=True)
 
@@ -56,8 +56,8 @@ def bench_serve(
         Optional[int], typer.Option(min=1, help="KV byte budget of every arm, in bfloat16 tokens. Default: what the workloads need.")
     ] = None,
     packed_fraction: Annotated[
-        str, typer.Option("--hq-packed-fraction", help="Share of it for the packed tier, or auto.")
-    ] = "0.5",
+        str, typer.Option("--hq-packed-fraction", help="auto, or the share of it for the packed tier.")
+    ] = AUTO,
     pack: Annotated[
         Optional[str],
         typer.Option("--hq-pack", help="shared or insert for all workloads: one server an arm. Default: what each workload asks for."),

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 _HELP = {
     "format": f"KV pages that requests share are held in this format: {', '.join(SERVING_FORMATS)} (exact = none is transformed)",
     "pack": f"when a page is packed: {', '.join(PACK_POLICIES)} (default shared: when a second request uses it)",
-    "packed_fraction": "share of the KV byte budget for packed pages, between 0 and 1 (default 0.5), or auto: memory moves between dense "
-    "and packed pages as the load wants it",
+    "packed_fraction": "auto (default): memory moves between dense and packed pages as the load wants it; or the share of the KV byte "
+    "budget for packed pages, between 0 and 1",
     "page_size": "tokens per page, 64",
     "audit": "for debugging: check all books, and bytes of packed pages, every so many batches (default 0: never)",
     "audit_raise": "end the server when an audit finds something, instead of logging it",

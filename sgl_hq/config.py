@@ -45,8 +45,8 @@ class HQConfig:
     pack: when a dense page is packed: `shared` (a second request uses it), `insert` (as soon as it is in
         the radix tree), `pressure` (only instead of being evicted, which
         the other two do as well).
-    packed_fraction: share of the KV byte budget given to the packed tier, 0 < f < 1, or `auto`: memory moves between the tiers as the
-        load wants it; `exact` uses none of it.
+    packed_fraction: `auto`: memory moves between the tiers as the load wants it; or the share of the KV byte budget that the packed tier
+        has for good, 0 < f < 1; `exact` uses none of it.
     page_size: tokens per page; K is scaled per channel over a page, so the format fixes it at 64.
     allow_ungated: serve a format that loses bits without a passing record of the quality gate for this model.
     audit: check books and packed bytes every so many batches, for debugging; 0: never.
@@ -55,7 +55,7 @@ class HQConfig:
 
     format: str
     pack: str = "shared"
-    packed_fraction: float | str = 0.5
+    packed_fraction: float | str = AUTO
     page_size: int = PAGE_TOKENS
     allow_ungated: bool = False
     audit: int = 0

@@ -32,7 +32,8 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
     layouts = [codec.layout for codec in packed.codecs] if packed else []
     lent = tree.lent_tokens
     dense = _dense(pool, sources.allocator.available_size(), tree.evictable_size_, lent)
-    packed_tokens = packed.pages_used * PAGE_TOKENS if packed else 0
+    writing = len(tree.pages_under_way)
+    packed_tokens = (packed.pages_used - writing) * PAGE_TOKENS if packed else 0
     resident = packed_tokens + dense["tokens_total"] - dense["tokens_free"] - lent
     read, attended = backend.packed_tokens_read, backend.packed_tokens_attended
     return {
@@ -46,7 +47,7 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
         "layout_version": LAYOUT_VERSION,
         "stored_bits_per_value": mean_stored_bits(layouts, STATED_PREFIX_TOKENS) if layouts else 16.0,
         "dense": dense,
-        "packed": _packed(packed, tree.packed_live_pages, lent) if packed else dict.fromkeys(_PACKED, 0),
+        "packed": _packed(packed, writing, tree.packed_live_pages, lent) if packed else dict.fromkeys(_PACKED, 0),
         "packed_token_fraction": packed_tokens / resident if resident else 0.0,
         "workspace_bytes": backend.workspace_bytes,
         "live_requests": len(tree.live),
@@ -64,9 +65,10 @@ def costly_figures(sources: Sources) -> dict[str, Any]:
     return {"metadata_bytes": sources.tree.metadata_bytes + (packed.metadata_bytes if packed else 0)}
 
 
-def packed_in_use(packed, lent: int) -> dict[str, int]:
-    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier; lent: dense tokens whose memory it has."""
-    return {"pages_used": packed.pages_used, "bytes_used": packed.bytes_used, "dense_pages_lent": lent // PAGE_TOKENS}
+def packed_in_use(packed, writing: int, lent: int) -> dict[str, int]:
+    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier; lent: dense tokens whose memory it has.
+    writing: pages that are being packed: their bytes are used, and their tokens are still the dense tier's."""
+    return {"pages_used": packed.pages_used - writing, "bytes_used": packed.bytes_used, "dense_pages_lent": lent // PAGE_TOKENS}
 
 
 def _dense(pool, free: int, cached: int, lent: int) -> dict[str, int]:
@@ -85,14 +87,14 @@ def _dense(pool, free: int, cached: int, lent: int) -> dict[str, int]:
     }
 
 
-def _packed(packed, live: int, lent: int) -> dict[str, int]:
+def _packed(packed, writing: int, live: int, lent: int) -> dict[str, int]:
     """live: pages that running requests read; lent: dense tokens whose memory is here. pages_most: the largest total there can be."""
     page_bytes = packed.page_bytes
-    pages = {"free": packed.pages_free, "live": live, "cached": packed.pages_used - live}
+    pages = {"free": packed.pages_free, "writing": writing, "live": live, "cached": packed.pages_used - writing - live}
     values = {
         "pages_total": packed.pages_total,
         "pages_most": packed.sizes.packed_pages,
-        **packed_in_use(packed, lent),
+        **packed_in_use(packed, writing, lent),
         "page_bytes": page_bytes,
         "sinks_total": packed.sizes.sinks,
         "sinks_free": packed.sinks_free,
@@ -107,6 +109,7 @@ def _packed(packed, live: int, lent: int) -> dict[str, int]:
 
 
 _PACKED = (
-    "pages_total", "pages_most", "dense_pages_lent", "pages_free", "pages_live", "pages_cached", "pages_used", "page_bytes",
-    "sinks_total", "sinks_free", "sinks_used", "sink_bytes", "bytes_allocated", "bytes_free", "bytes_live", "bytes_cached", "bytes_used",
+    "pages_total", "pages_most", "dense_pages_lent", "pages_free", "pages_writing", "pages_live", "pages_cached", "pages_used",
+    "page_bytes", "sinks_total", "sinks_free", "sinks_used", "sink_bytes", "bytes_allocated", "bytes_free", "bytes_writing", "bytes_live",
+    "bytes_cached", "bytes_used",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sgl_hq.config import AUTO, PACK_POLICIES
+from sgl_hq.config import AUTO, PACK_POLICIES, HQConfig
 from sgl_hq.launch.load_ab.workload_spec import WorkloadSpec
 from sgl_hq.launch.load_ab.workloads import parse_workload
 from sgl_hq.page_format import PAGE_TOKENS
@@ -47,7 +47,7 @@ class ArmSpec(_Strict):
     page_size: Literal[1, 64] = PAGE_TOKENS
     hq_pack: Literal[PACK_POLICIES] = "shared"
     hq_packed_fraction: Annotated[float, Field(gt=0, lt=1)] | Literal[AUTO] = Field(
-        default=0.5, description="share of the budget for packed pages, or auto: memory moves between the tiers"
+        default=HQConfig.packed_fraction, description="auto: memory moves between the tiers; or the share of the budget for packed pages"
     )
     allow_ungated: bool = Field(default=False, description="serve a format that has not passed the quality gate on this model")
     args: tuple[str, ...] = Field(default=(), description="further server arguments, word by word")

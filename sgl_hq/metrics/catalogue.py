@@ -95,7 +95,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(PAGES, GAUGE, "Pages of 64 tokens: free, live (read by running requests) or cached; lent ones are left out.", _states("pages"), ("tier", "state")),
     Metric(BYTES, GAUGE, "The same in bytes, sink slots of packed pages left out.", _states("bytes"), ("tier", "state")),
     Metric(SINKS, GAUGE, "Sink slots of the packed tier.", lambda hq: {(s,): hq["packed"]["sinks_" + s] for s in ("free", "used")}, ("state",)),
-    Metric(PACKED_PAGES, GAUGE, "Pages in the packed tier.", _one("packed", "pages_used"), at_once=True),
+    Metric(PACKED_PAGES, GAUGE, "Pages in the packed tier, but those that are being packed.", _one("packed", "pages_used"), at_once=True),
     Metric(PACKED_BYTES, GAUGE, "Bytes of the packed tier that hold KV, sink slots included.", _one("packed", "bytes_used"), at_once=True),
     Metric(LENT_PAGES, GAUGE, "Dense pages whose memory the packed tier has at present.", _one("packed", "dense_pages_lent"), at_once=True),
     Metric(PACKED_FRACTION, GAUGE, "Packed share of the resident tokens; 0 when none is.", _one("packed_token_fraction")),

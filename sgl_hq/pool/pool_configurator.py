@@ -57,8 +57,8 @@ class HQPoolConfigurator(DefaultPoolConfigurator):
         if sizes.dense_tokens < self._context_tokens:
             logger.warning(
                 "sgl_hq: the dense tier holds %d tokens, less than the context length %d: a request of which more is not packed "
-                "is refused. Lower --hq-packed-fraction or raise the budget to serve it.",
-                sizes.dense_tokens, self._context_tokens,
+                "is refused. %saise the budget to serve it.",
+                sizes.dense_tokens, self._context_tokens, "R" if self._config.elastic else "Lower --hq-packed-fraction or r",
             )
         return MemoryPoolConfig(max_total_num_tokens=sizes.dense_tokens)
 

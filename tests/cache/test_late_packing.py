@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from sgl_hq.cache.packings_under_way import BATCHES_UNTIL_DONE
@@ -39,6 +41,27 @@ def test_a_node_stays_dense_until_the_device_is_done(machine):
         machine.decode(pick=0, steps=1, token=1)
     assert _packed(machine) == [4] and machine.tree.protected_size() == 0 and not machine.tree.pages_under_way
     assert machine.allocator.available_size() == (DENSE_PAGES - 1) * P, "but for the page of its answer"
+    _is_sound(machine)
+
+
+def test_no_token_is_stated_in_both_tiers(machine):
+    """`bytes_used` counts what is being written, tokens and pages do not: an A/B would see more tokens than there are."""
+    from sgl_hq import server_state
+    from sgl_hq.metrics.bins import NO_GROUPS
+
+    backend = SimpleNamespace(packed_tokens_read=0, packed_tokens_attended=0, workspace_bytes=0, group_requests=NO_GROUPS)
+    sources = server_state.Sources(machine.tree, machine.allocator, backend, {})
+    machine.arrive(family=0, **PROMPT)
+    stated = []
+    for _ in range(2):
+        now = server_state.figures(sources, None)
+        packed, dense = now["packed"], now["dense"]
+        states = {state: packed[f"pages_{state}"] for state in ("free", "writing", "live", "cached")}
+        assert sum(states.values()) == packed["pages_total"] and packed["bytes_used"] == 4 * packed["page_bytes"]
+        assert dense["pages_live"] + packed["pages_used"] == 5, "the prompt has five pages"
+        stated.append((states["writing"], packed["pages_used"], now["packed_token_fraction"]))
+        machine.idle()
+    assert stated == [(4, 0, 0.0), (0, 4, 0.8)]
     _is_sound(machine)
 
 

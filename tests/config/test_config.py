@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sgl_hq.config import HQConfig, HQConfigError, from_env
+from sgl_hq.config import AUTO, HQConfig, HQConfigError, from_env
 
 
 def test_nothing_asked_for_means_inactive():
@@ -14,7 +14,7 @@ def test_nothing_asked_for_means_inactive():
 def test_environment_round_trip():
     for config in (HQConfig("hq6", "insert", 0.25), HQConfig("hq6", allow_ungated=True), HQConfig("hq6", audit=16, audit_raise=True)):
         assert from_env(config.to_env()) == config
-    assert from_env({"SGLANG_HQ_FORMAT": "int8"}) == HQConfig("int8", "shared", 0.5, 64)
+    assert from_env({"SGLANG_HQ_FORMAT": "int8"}) == HQConfig("int8", "shared", AUTO, 64)
 
 
 @pytest.mark.parametrize(

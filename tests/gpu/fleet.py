@@ -57,7 +57,7 @@ class Fleet:
         for arm in arms:
             options = [*ARGS, "--attention-backend", arm.backend]
             options += ["--hq-format", arm.format] if arm.format else []
-            options += ["--hq-allow-ungated"] if arm.packs else []
+            options += ["--hq-allow-ungated", "--hq-packed-fraction", "0.5"] if arm.packs else []
             server = self._servers[arm] = ServerProcess(str(models[arm.head_dim]), options, cpu=False, start_timeout_s=300, stop_grace_s=0)
             if arm.packs:
                 server.argv[1:3] = [str(Path(__file__).with_name("poisoned_server.py"))]

@@ -32,6 +32,7 @@ class Harness:
         from sgl_hq.pool.two_tier_pool import HQTokenToKVPool
 
         monkeypatch.setenv("SGLANG_HQ_FORMAT", fmt)
+        monkeypatch.setenv("SGLANG_HQ_PACKED_FRACTION", "0.5")
         torch.manual_seed(3)
         self.pool = HQTokenToKVPool(
             64 * P, page_size=P, dtype=torch.bfloat16, head_num=KV_HEADS, head_dim=DIM, layer_num=LAYERS, device="cpu",

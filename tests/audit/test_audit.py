@@ -68,6 +68,7 @@ class Server:
 @pytest.fixture(params=["hq6", "bf16", "lossless"])
 def server(request, monkeypatch):
     monkeypatch.setenv("SGLANG_HQ_FORMAT", request.param)
+    monkeypatch.setenv("SGLANG_HQ_PACKED_FRACTION", "0.5")
     return Server()
 
 
@@ -75,6 +76,7 @@ def server(request, monkeypatch):
 def quick(monkeypatch):
     """One format, where the fault is not in the bytes."""
     monkeypatch.setenv("SGLANG_HQ_FORMAT", "hq6")
+    monkeypatch.setenv("SGLANG_HQ_PACKED_FRACTION", "0.5")
     return Server()
 
 
@@ -254,6 +256,7 @@ def test_a_finding_is_raised_where_asked_for(monkeypatch):
     from sgl_hq.audit.audit import AuditError
 
     monkeypatch.setenv("SGLANG_HQ_FORMAT", "hq6")
+    monkeypatch.setenv("SGLANG_HQ_PACKED_FRACTION", "0.5")
     server = Server(raises=True)
     _free_twice(server)
     server.audit.step()

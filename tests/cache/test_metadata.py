@@ -24,6 +24,7 @@ def test_metadata_of_a_million_packed_tokens_stays_below_sixteen_mebibytes(monke
 
     pages = TOKENS // P
     monkeypatch.setenv("SGLANG_HQ_FORMAT", "bf16")
+    monkeypatch.setenv("SGLANG_HQ_PACKED_FRACTION", "0.5")
     pool = HQTokenToKVPool(
         (pages + 16) * P, page_size=P, dtype=torch.bfloat16, head_num=1, head_dim=8, layer_num=1, device="cpu", enable_memory_saver=False
     )
@@ -36,6 +37,7 @@ def test_metadata_of_a_million_packed_tokens_stays_below_sixteen_mebibytes(monke
         node = tree.insert(InsertParams(key=key, value=allocator.alloc(P))).last_device_node
         tree._use(node, uuid.uuid4().hex)
         tree._use(node, uuid.uuid4().hex)
+        tree.settle()
     assert pool.packed.pages_used == pages
     tree.check_books()
     assert MIB < tree.metadata_bytes + pool.packed.metadata_bytes < 16 * MIB

@@ -98,7 +98,7 @@ def test_bytes_are_equal_and_only_ours_packs(finished):
     fraction = {(row["arm"], row["phase"]): row["figures"]["packed_fraction"]["value"] for row in result["runs"]}
     assert fraction["vanilla", "warm"] == 0 and fraction["hq7", "warm"] > 0.4
     longest = {row["arm"]: row["figures"]["max_context_tokens"]["value"] for row in result["runs"]}
-    assert 3700 < longest["vanilla"] < 4096 and 1600 < longest["hq7"] < 2048, "a request lies in the dense tier, half of the budget"
+    assert 3700 < longest["vanilla"] < 4096 and 3400 < longest["hq7"] < 4096, "memory moves, so a request may take nearly all of the budget"
 
 
 def test_what_is_shown_names_the_run(finished):

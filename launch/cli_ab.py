@@ -63,7 +63,7 @@ def ab(
     ] = None,
     packed_fraction: Annotated[
         Optional[str],
-        typer.Option("--hq-packed-fraction", help="auto (default), or the share of the KV budget for the packed tier, 0 to 1.", rich_help_panel=_WAVES),
+        typer.Option("--hq-packed-fraction", help="auto (default), or the packed tier's share of the KV budget, 0 to 1.", rich_help_panel=_WAVES),
     ] = None,
     allow_ungated: Annotated[
         bool,

@@ -46,4 +46,4 @@ class Monitor:
     def _on_tier_changed(self) -> None:
         self._changed = True
         tree = self._sources.tree
-        self._exporter.export_at_once({"packed": server_state.packed_in_use(tree.packed_tier, len(tree.pages_under_way), tree.lent_tokens)})
+        self._exporter.export_at_once({"packed": server_state.packed_in_use(tree)})

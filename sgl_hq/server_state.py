@@ -32,8 +32,8 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
     layouts = [codec.layout for codec in packed.codecs] if packed else []
     lent = tree.lent_tokens
     dense = _dense(pool, sources.allocator.available_size(), tree.evictable_size_, lent)
-    writing = len(tree.pages_under_way)
-    packed_tokens = (packed.pages_used - writing) * PAGE_TOKENS if packed else 0
+    in_packed = _packed(tree) if packed else dict.fromkeys(_PACKED, 0)
+    packed_tokens = in_packed["pages_used"] * PAGE_TOKENS
     resident = packed_tokens + dense["tokens_total"] - dense["tokens_free"] - lent
     read, attended = backend.packed_tokens_read, backend.packed_tokens_attended
     return {
@@ -47,7 +47,7 @@ def figures(sources: Sources, audit) -> dict[str, Any]:
         "layout_version": LAYOUT_VERSION,
         "stored_bits_per_value": mean_stored_bits(layouts, STATED_PREFIX_TOKENS) if layouts else 16.0,
         "dense": dense,
-        "packed": _packed(packed, writing, tree.packed_live_pages, lent) if packed else dict.fromkeys(_PACKED, 0),
+        "packed": in_packed,
         "packed_token_fraction": packed_tokens / resident if resident else 0.0,
         "workspace_bytes": backend.workspace_bytes,
         "live_requests": len(tree.live),
@@ -65,10 +65,12 @@ def costly_figures(sources: Sources) -> dict[str, Any]:
     return {"metadata_bytes": sources.tree.metadata_bytes + (packed.metadata_bytes if packed else 0)}
 
 
-def packed_in_use(packed, writing: int, lent: int) -> dict[str, int]:
-    """The figures of the packed tier that kv_accounts needs at every moment. packed: PackedTier; lent: dense tokens whose memory it has.
-    writing: pages that are being packed: their bytes are used, and their tokens are still the dense tier's."""
-    return {"pages_used": packed.pages_used - writing, "bytes_used": packed.bytes_used, "dense_pages_lent": lent // PAGE_TOKENS}
+def packed_in_use(tree) -> dict[str, int]:
+    """The figures of the packed tier that kv_accounts needs at every moment. Of pages that are being packed the bytes are used, and the
+    tokens are still the dense tier's."""
+    packed = tree.packed_tier
+    pages = packed.pages_used - len(tree.pages_under_way)
+    return {"pages_used": pages, "bytes_used": packed.bytes_used, "dense_pages_lent": tree.lent_tokens // PAGE_TOKENS}
 
 
 def _dense(pool, free: int, cached: int, lent: int) -> dict[str, int]:
@@ -87,14 +89,16 @@ def _dense(pool, free: int, cached: int, lent: int) -> dict[str, int]:
     }
 
 
-def _packed(packed, writing: int, live: int, lent: int) -> dict[str, int]:
-    """live: pages that running requests read; lent: dense tokens whose memory is here. pages_most: the largest total there can be."""
+def _packed(tree) -> dict[str, int]:
+    """Live: pages that running requests read. pages_most: the largest total there can be."""
+    packed, in_use, live = tree.packed_tier, packed_in_use(tree), tree.packed_live_pages
     page_bytes = packed.page_bytes
-    pages = {"free": packed.pages_free, "writing": writing, "live": live, "cached": packed.pages_used - writing - live}
+    writing, cached = packed.pages_used - in_use["pages_used"], in_use["pages_used"] - live
+    pages = {"free": packed.pages_free, "writing": writing, "live": live, "cached": cached}
     values = {
         "pages_total": packed.pages_total,
         "pages_most": packed.sizes.packed_pages,
-        **packed_in_use(packed, writing, lent),
+        **in_use,
         "page_bytes": page_bytes,
         "sinks_total": packed.sizes.sinks,
         "sinks_free": packed.sinks_free,

@@ -174,7 +174,7 @@ def test_nothing_is_dropped_when_only_a_sink_is_missing_and_none_comes_free():
     _is_sound(machine)
 
 
-def test_values_the_format_cannot_hold_are_dropped_as_before(monkeypatch):
+def test_values_the_format_cannot_hold_are_dropped_as_before():
     machine = _machine()
     _chat(machine, family=0, pages=3)
 

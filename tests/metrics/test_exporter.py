@@ -98,7 +98,7 @@ def test_a_busy_server_exports_once_a_second_and_an_idle_one_once(monkeypatch):
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now.s)
     monkeypatch.setattr(server_state, "figures", lambda *_: {})
     monkeypatch.setattr(server_state, "packed_in_use", lambda *_: {})
-    tree, spy = SimpleNamespace(pages_under_way=[], packed_tier=None, lent_tokens=0), Spy()
+    tree, spy = SimpleNamespace(), Spy()
     watch = monitor.Monitor(server_state.Sources(tree, None, None, {}), spy, None)
     for _ in range(100):  # 1.98 s of batches
         watch.batch_done()

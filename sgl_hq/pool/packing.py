@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,18 +25,19 @@ def ids_on(device: torch.device | str, ids: Sequence[int]) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host
 
 
-def unpackable_on(status: torch.Tensor, keep: torch.Tensor, format_name: str) -> Callable[[], UnpackablePageError | None]:
+def unpackable_on(status: torch.Tensor, read: torch.Tensor, format_name: str) -> Callable[[], UnpackablePageError | None]:
     """`Packing.error` of a kernel just launched on the current stream.
 
-    status: [pages] int32 on its GPU, 0 for a page that could be packed. keep: what the kernel reads, of another stream's allocator.
+    status: [pages] int32 on its GPU, 0 for a page that could be packed. read: what the kernel reads, of another stream's allocator:
+    held until the answer is dropped.
     """
     bad = torch.empty(1, dtype=torch.int64, pin_memory=True)
     bad.copy_(status.count_nonzero().reshape(1), non_blocking=True)
     done = torch.cuda.Event()
     done.record()
+    return partial(_error_once, done, bad, format_name, read)
 
-    def error(_keep: torch.Tensor = keep) -> UnpackablePageError | None:
-        done.synchronize()
-        return UnpackablePageError(f"format {format_name} cannot hold the values of {int(bad)} pages") if int(bad) else None
 
-    return error
+def _error_once(done: torch.cuda.Event, bad: torch.Tensor, format_name: str, _read: torch.Tensor) -> UnpackablePageError | None:
+    done.synchronize()
+    return UnpackablePageError(f"format {format_name} cannot hold the values of {int(bad)} pages") if int(bad) else None

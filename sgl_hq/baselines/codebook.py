@@ -68,7 +68,7 @@ class NormScaled:
         parts = [*pack_codes(codes, self._table_bits), norm]
         if self.qjl:
             residual = unit - look_up(codes, levels)
-            signs = residual @ gaussian_matrix(x.shape[-1]).T >= 0
+            signs = residual @ gaussian_matrix(x.shape[-1]).to(x.device).T >= 0
             parts += [*pack_codes(signs.to(torch.uint8), 1), half(residual.norm(dim=-1, keepdim=True))]
         return parts
 
@@ -79,7 +79,7 @@ class NormScaled:
         if self.qjl:
             sign_plane, residual_norm = parts[planes + 1 :]
             signs = unpack_codes([sign_plane], 1, shape).float() * 2 - 1
-            unit += math.sqrt(math.pi / 2) / dim * residual_norm.float() * (signs @ gaussian_matrix(dim))
+            unit += math.sqrt(math.pi / 2) / dim * residual_norm.float() * (signs @ gaussian_matrix(dim).to(signs.device))
         return unit * parts[planes].float()
 
     def bits(self, dim: int, tokens: int) -> float:
@@ -108,7 +108,7 @@ class SinkChannelFourLevel:
         plane, scale, sink = parts
         heads, tokens, dim = shape
         codes = unpack_codes([plane], 2, (heads, tokens - 1, dim))
-        levels = torch.tensor((0.55, 1.85, -0.55, -1.85))
+        levels = torch.tensor((0.55, 1.85, -0.55, -1.85), device=codes.device)
         return torch.cat([sink.float(), levels[codes.int()] * scale.float()], 1)
 
     def bits(self, dim: int, tokens: int) -> float:

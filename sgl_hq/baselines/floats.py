@@ -93,15 +93,15 @@ class FP8:
 
 def _to_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Nearest E2M1 code, ties to the even code, saturating, `uint8` below 16."""
-    magnitudes = torch.tensor(E2M1)
+    magnitudes = torch.tensor(E2M1, device=x.device)
     edges = (magnitudes[1:] + magnitudes[:-1]) / 2
     # bucketize leaves a value on an edge in the lower cell: right for even codes, so lower the edges below even ones.
-    edges[1::2] = torch.nextafter(edges[1::2], torch.zeros(1))
+    edges[1::2] = torch.nextafter(edges[1::2], torch.zeros_like(edges[1::2]))
     return (torch.bucketize(x.abs(), edges) + torch.signbit(x) * 8).to(torch.uint8)
 
 
 def _from_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    return torch.tensor((*E2M1, *(-magnitude for magnitude in E2M1)))[codes.int()]
+    return torch.tensor((*E2M1, *(-magnitude for magnitude in E2M1)), device=codes.device)[codes.int()]
 
 
 def _power(biased: torch.Tensor) -> torch.Tensor:

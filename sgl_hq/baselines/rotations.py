@@ -28,11 +28,12 @@ class Rotated:
     rotation: Callable[[int], torch.Tensor]
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.side.encode((x @ self.rotation(x.shape[-1]).T).contiguous())
+        return self.side.encode((x @ self.rotation(x.shape[-1]).to(x.device).T).contiguous())
 
     def decode(self, parts: list[torch.Tensor], shape: tuple[int, int, int]) -> torch.Tensor:
         rotation = self.rotation(shape[-1])
-        return self.side.decode(parts, (*shape[:2], rotation.shape[0])) @ rotation
+        rotated = self.side.decode(parts, (*shape[:2], rotation.shape[0]))
+        return rotated @ rotation.to(rotated.device)
 
     def bits(self, dim: int, tokens: int) -> float:
         width = self.rotation(dim).shape[0]

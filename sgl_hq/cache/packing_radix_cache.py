@@ -116,19 +116,24 @@ class PackingRadixCache(DemotingEviction):
         pages up through `live`. Returns False when the tier has no room for all of it, nodes that are to go before it
         counted as room, or when the values are known not to be packable.
         """
-        parent = node.parent
         assert node.id not in self._pages_of and node not in self._under_way
-        assert parent is self.root_node or parent.id in self._pages_of or parent in self._under_way
+        assert self._will_be_packed(node.parent)
         if node.id in self._unpackable:
             return False
         pages = len(node.key) // self.page_size
         self._lend_for(pages)
+        if not self._will_be_packed(node.parent):
+            return False  # it has turned out not to be packable
         room = self._room_for(node, self._eviction_key(node))
         if room.pages < pages:
             self.refusals.no_room(pages, pages, self._packed, self.packed_live_pages)
             return False
         self._begin(room, node)
         return True
+
+    def _will_be_packed(self, parent: TreeNode) -> bool:
+        """Or is, or has nothing to pack."""
+        return parent is self.root_node or parent.id in self._pages_of or parent in self._under_way
 
     def pack_path(self, node: TreeNode, wanted: Callable[[TreeNode], bool] = lambda n: True) -> None:
         """Begin to pack the dense part of the path to `node` from the top, down to the first that is not `wanted` or has no room."""

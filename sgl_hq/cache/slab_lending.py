@@ -55,12 +55,17 @@ class SlabLending(RadixCache):
     # ---- to the packed tier ----------------------------------------------------------------------------------------
 
     def _lend_for(self, pages: int) -> None:
-        """Lend until the packed tier has `pages` free ones, or as many slabs as may be."""
+        """Lend until the packed tier has `pages` free ones, or as many slabs as may be. What is being packed is settled before, as its dense
+        pages come free and may be lent: that waits for the device, and so does lending."""
         if pages > self._packed.sizes.packed_pages:
             return
         allocator = self.token_to_kv_pool_allocator
-        while self._packed.pages_free < pages and self._may_lend(allocator.available_size() + self.evictable_size_) and self._lend():
-            pass
+        while self._packed.pages_free < pages:
+            coming = len(self.pages_under_way) * PAGE_TOKENS
+            if not self._may_lend(allocator.available_size() + self.evictable_size_ + coming):
+                return
+            if not self.settle() and not self._lend():
+                return
 
     def _spare_tokens(self, wanted: int) -> int:
         """Dense tokens to evict before the `wanted` ones, for a slab to lend. Packing them takes room, so a slab is lent while there is

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sgl_hq.cache.packings_under_way import BATCHES_UNTIL_DONE
+from sgl_hq.config import AUTO
 from sgl_hq.kernels.page_codec import NonFiniteError
 from two_tier_machine import DENSE_PAGES, MAX_TOKENS, P, TwoTierMachine
 
@@ -103,6 +104,32 @@ def test_eviction_frees_what_is_being_packed_first(machine):
     machine.evict(pages=4)
     assert _packed(machine) == [4] and machine.tree.counters.pages_demoted == 0
     assert machine.allocator.available_size() == DENSE_PAGES * P
+    _is_sound(machine)
+
+
+def test_what_is_being_packed_is_lent_before_packed_pages_are_dropped():
+    """7 of 23 dense pages come free. Without them no slab may be lent, and family 0, which fits, would be lost."""
+    machine = TwoTierMachine()
+    machine.start(pack="insert", packed_fraction=AUTO)
+    machine.arrive(family=0, **PROMPT | {"shared_pages": 2})
+    machine.leave(pick=0, insert=True)
+    machine.idle()
+    machine.arrive(family=1, **PROMPT | {"shared_pages": 7})
+    assert len(machine.tree.pages_under_way) == 7
+    machine.arrive(family=2, **PROMPT)
+    assert _packed(machine) == [2, 7] and len(machine.tree.pages_under_way) == 4
+    assert machine.tree.counters.pages_dropped == 0
+    _is_sound(machine)
+
+
+def test_nothing_is_packed_below_what_turns_out_unpackable_while_a_slab_is_lent():
+    machine = TwoTierMachine()
+    machine.start(pack="insert", packed_fraction=AUTO)
+    machine.refuse_next = True
+    machine.arrive(family=1, **PROMPT | {"shared_pages": 11, "chunk": 4 * P})
+    assert len(machine.tree.pages_under_way) == 4
+    machine.next_chunk(pick=0, chunk=MAX_TOKENS)
+    assert _packed(machine) == [] and not machine.tree.pages_under_way
     _is_sound(machine)
 
 

@@ -47,9 +47,10 @@ class Parts(NamedTuple):
 
 
 def build(
-    fmt: str = "bf16", pack: str = "shared", pages: int = 24, packed_fraction: float = 0.5, layers: int = LAYERS, **params
-) -> Parts:
-    """pages: of the dense tier; params: further fields of SGLang's CacheInitParams."""
+    fmt: str = "bf16", pack: str = "shared", pages: int = 24, packed_fraction: float = 0.5, layers: int = LAYERS, heads: int = HEADS,
+    dim: int = DIM, requests: int = ROWS, **params,
+) -> Parts:  # fmt: skip
+    """pages: of the dense tier; requests: at a time; params: further fields of SGLang's CacheInitParams."""
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -59,11 +60,11 @@ def build(
 
     with patch.dict(os.environ, HQConfig(fmt, pack, packed_fraction).to_env()):
         pool = HQTokenToKVPool(
-            pages * P, page_size=P, dtype=torch.bfloat16, head_num=HEADS, head_dim=DIM, layer_num=layers, device="cpu",
+            pages * P, page_size=P, dtype=torch.bfloat16, head_num=heads, head_dim=dim, layer_num=layers, device="cpu",
             enable_memory_saver=False,
         )  # fmt: skip
     allocator = CPUPagedAllocator(pages * P, page_size=P, dtype=torch.bfloat16, device="cpu", kvcache=pool, need_sort=False)
-    rows = ReqToTokenPool(ROWS, pages * P, "cpu", False)
+    rows = ReqToTokenPool(requests, pages * P, "cpu", False)
     given = {"disable": False, "req_to_token_pool": rows, "token_to_kv_pool_allocator": allocator, "page_size": P} | params
     return Parts(pool, allocator, rows, PackingRadixCache(CacheInitParams(**given), pool, pack))
 

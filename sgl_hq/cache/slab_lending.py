@@ -64,7 +64,9 @@ class SlabLending(RadixCache):
             coming = len(self.pages_under_way) * PAGE_TOKENS
             if not self._may_lend(allocator.available_size() + self.evictable_size_ + coming):
                 return
-            if not self.settle() and not self._lend():
+            if coming:
+                self.settle()
+            elif not self._lend():
                 return
 
     def _spare_tokens(self, wanted: int) -> int:

@@ -36,7 +36,8 @@ _FLAGS: tuple[_Flag, ...] = (
     (lambda a: a.prefill_only_disable_kv_cache, "a server without KV cache", "drop --prefill-only-disable-kv-cache"),
     (lambda a: a.enable_memory_saver, "the memory saver", "drop --enable-memory-saver"),
     (lambda a: a.enable_deterministic_inference, "deterministic inference", "drop --enable-deterministic-inference"),
-    # It hashes the slots of every row by id, and attaches itself to SGLang's own pool classes only (`kv_canary/pool_patcher`).
+    # It checks the slots of every row in every step. Rows keep the dense slots of a prefix that has been packed since, and packed ids are
+    # beyond its buffers; it walks SGLang's own trees only (`kv_canary/radix_cache_walker.py`). `--hq-audit` checks what lies in pages.
     (lambda a: a.kv_canary != "none", "the KV canary", "drop --kv-canary"),
     (lambda a: a.disable_radix_cache, "a disabled radix cache (packed pages are shared through it)", "drop --disable-radix-cache"),
     (lambda a: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16"), "a quantised dense KV cache", "use --kv-cache-dtype auto"),

@@ -13,8 +13,6 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"  # before SGLang is imported
-
 import torch
 from two_tier_machine import Request
 from two_tier_parts import P, Parts, build, radix_key
@@ -181,6 +179,7 @@ def _pages(tokens: int) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["SGLANG_PLATFORM"] = "sgl_hq_cpu"  # before SGLang is imported
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--working-set", type=float, default=3.3, help="size of all prefixes over the KV budget")
     parser.add_argument("--format", default="hq4")

@@ -102,7 +102,8 @@ def _origin(view: ResultView) -> str:
     facts, plan = view.result["facts"], view.result["plan"]
     machine = facts["machine"].get("gpu") or facts["machine"]["cpu"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
-    where = f"model {Path(plan['model']).name}, {machine}, commit {str(facts['commit'])[:12]}, {versions}, {facts['date'][:10]}"
+    commit, dash, state = str(facts["commit"]).partition("-")  # a checkout with changes says so
+    where = f"model {Path(plan['model']).name}, {machine}, commit {commit[:12]}{dash}{state}, {versions}, {facts['date'][:10]}"
     return f"`{facts['command']}` ({where})."
 
 

@@ -23,18 +23,15 @@ import httpx
 import psutil
 
 from sgl_hq.config import CPU_PLATFORM
+from sgl_hq.launch.port_claim import HOST, PortClaim
 from sgl_hq.launch.prometheus_text import Sample, read_samples
 from sgl_hq.launch.server_log import failure_reason
 from sgl_hq.launch.thread_freeze import freeze, thaw
 
-HOST = "127.0.0.1"
 # SGLang names its scheduler processes with setproctitle (sglang/srt/managers/scheduler.py).
 SCHEDULER_TITLE = "sglang::scheduler"
 # How long a server may take to leave after SIGTERM before it is killed.
 STOP_GRACE_S = 10.0
-
-
-_given_ports: set[int] = set()
 
 
 class ServerFailed(RuntimeError):
@@ -49,7 +46,7 @@ class ServerProcess:
         args: further server arguments, as on the command line.
         env: environment variables added to this process's own.
         log_path: file for stdout and stderr of the server; None takes a file in the temporary directory.
-        port: HTTP port; None takes one that was free a moment ago.
+        port: HTTP port; None takes one that nobody has or gets before the server binds it (`port_claim.py`).
         cpu: serve on the CPU: `--device cpu` and our CPU platform, which vanilla needs as well.
         start_timeout_s: seconds until `GET /health` must have answered 200.
         stop_grace_s: seconds to leave after SIGTERM before SIGKILL; 0 when nothing is in flight any more, since SGLang's
@@ -71,7 +68,8 @@ class ServerProcess:
         on_wait: Callable[[float], None] = lambda seconds: None,
     ):
         self.model = model
-        self.port = port if port is not None else free_port()
+        self._claim = PortClaim() if port is None else None
+        self.port = port if port is not None else self._claim.port
         self.argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
         self.argv += ["--host", HOST, "--port", str(self.port), *(["--device", "cpu"] if cpu else []), *args]
         self.env = dict(os.environ)
@@ -110,7 +108,8 @@ class ServerProcess:
         """Start the process and return once `GET /health` answers 200.
 
         Raises:
-            ServerFailed: the process ended, or the time ran out (the caller, or `with`, then calls `stop()`).
+            ServerFailed: the process ended, the time ran out, or another process listens on the port (the caller, or `with`, then
+                calls `stop()`).
         """
         started = time.monotonic()
         with open(self.log_path, "wb") as log:
@@ -120,12 +119,15 @@ class ServerProcess:
         while not self._healthy():
             waited = time.monotonic() - started
             self.check_alive()
+            # Here, not left to SGLang: without the port, its warm-up waits for an answer for 10 minutes.
+            if self._port_answers() and not self._listens():
+                raise self._port_taken()
             if waited > self.start_timeout_s:
                 raise self._failed(f"did not answer /health within {self.start_timeout_s:.0f} s")
             self.on_wait(waited)
             time.sleep(0.2)
         if not self._listens():
-            raise self._failed(f"is not the one that answers on port {self.port}: another process has taken it; start again")
+            raise self._port_taken()
         self.start_s = time.monotonic() - started
 
     def stop(self) -> None:
@@ -143,6 +145,8 @@ class ServerProcess:
         psutil.wait_procs(self._alive(), timeout=STOP_GRACE_S)
         self._process = None
         self._http.close()
+        if self._claim is not None:
+            self._claim.release()
 
     def check_alive(self) -> None:
         """Raise ServerFailed when the server's main process has ended."""
@@ -205,6 +209,11 @@ class ServerProcess:
         except httpx.HTTPError:
             return False
 
+    def _port_answers(self) -> bool:
+        """Somebody takes connections on the port."""
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
+
     def _listens(self) -> bool:
         """The process that answers is ours: measured by mistake, another arm's server would give figures of the wrong arm."""
         try:
@@ -222,6 +231,9 @@ class ServerProcess:
             self.check_alive()
             raise self._failed(f"did not answer {path} ({error})") from error
         return response
+
+    def _port_taken(self) -> ServerFailed:
+        return self._failed(f"is not the one that answers on port {self.port}: another process has taken it; start again")
 
     def _failed(self, what: str) -> ServerFailed:
         return ServerFailed(f"The server for {self.model} {what}: {failure_reason(self.log_text())} (log: {self.log_path})")
@@ -247,18 +259,6 @@ class ServerProcess:
                 process.send_signal(sig)
             except psutil.NoSuchProcess:
                 pass
-
-
-def free_port() -> int:
-    """A TCP port that no one listened on a moment ago, and that this process has not been given before: a server binds its port
-    only after it has loaded the model, and the system may name the same port twice until then."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = probe.getsockname()[1]
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
 
 
 def _temporary_log(port: int) -> Path:

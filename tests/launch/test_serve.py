@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sgl_hq.config import HQConfigError
+from sgl_hq.launch.port_claim import PortClaim
 from sgl_hq.launch.serve import resolve
-from sgl_hq.launch.server_process import free_port
 
 
 @pytest.fixture
 def args(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    return ["--model-path", str(tmp_path), "--port", str(free_port())]
+    return ["--model-path", str(tmp_path), "--port", str(PortClaim().port)]
 
 
 def test_defaults_on_a_cpu_lose_no_bit_and_select_our_platform(args):

@@ -15,8 +15,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from sgl_hq.launch.demo_model import ensure_demo_model
+from sgl_hq.launch.port_claim import HOST
 from sgl_hq.launch.server_log import failure_reason
-from sgl_hq.launch.server_process import ServerFailed, ServerProcess, free_port
+from sgl_hq.launch.server_process import ServerFailed, ServerProcess
 from sgl_hq.launch.thread_freeze import freeze, thaw
 from sgl_hq.launch.waves import run_wave
 from sgl_hq.launch.workload import ChatRequest
@@ -52,9 +53,13 @@ def test_a_server_whose_port_another_one_answers_is_not_taken_for_it(server, tmp
     assert server.server_info()["max_total_num_tokens"] == 4096
 
 
-def test_no_port_is_given_twice():
-    ports = [free_port() for _ in range(300)]
-    assert len(set(ports)) == 300
+def test_a_port_that_somebody_else_took_meanwhile_ends_the_start(tmp_path):
+    """As another server's torch.distributed store did: it takes connections and never answers one."""
+    model = str(tmp_path / "model")
+    server = ServerProcess(model, log_path=tmp_path / "log")
+    with socket.create_server((HOST, server.port)), pytest.raises(ServerFailed, match="another process has taken it; start again"), server:
+        pass
+    assert processes_with(model) == []
 
 
 def test_vanilla_reports_its_sizes_and_no_plugin(server):

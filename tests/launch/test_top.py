@@ -10,8 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sgl_hq.launch import cli
+from sgl_hq.launch.port_claim import PortClaim
 from sgl_hq.launch.scrape import Scrape, ScrapeError, scrape
-from sgl_hq.launch.server_process import free_port
 from sgl_hq.launch.top import frame
 from sgl_hq.metrics import catalogue as names
 
@@ -64,7 +64,7 @@ def test_an_address_that_cannot_be_watched_is_refused_in_one_sentence(serve, sta
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{free}", "no-such-host.invalid:30000", "http://["])
 def test_no_server_is_said(url):
     with pytest.raises(ScrapeError, match="no server answers at .*: start one with sgl-hq serve"):
-        scrape(url.format(free=free_port()), float)
+        scrape(url.format(free=PortClaim().port), float)
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/metrics"])

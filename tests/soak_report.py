@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,13 +43,9 @@ class Report:
 
 def problems(report: Report, host_growth: int, device_growth: int) -> list[str]:
     """What a soak must not show. *_growth: bytes that may be added after the first third of the time."""
-    requests = sum(report.outcome.values())
-    given_up = sum(report.outcome[kind] for kind in ("hang up", "give up", "aborted")) / requests
-    # About 25 % are meant (`soak.KINDS`). A short run has some eighty requests, where chance alone moves that by 5 %: three of its
-    # standard errors are allowed beyond the bounds, in a long run 1 or 2 %.
-    chance = 3 * math.sqrt(given_up * (1 - given_up) / requests)
+    given_up = sum(report.outcome[kind] for kind in ("hang up", "give up", "aborted")) / sum(report.outcome.values())
     holds = {
-        "given up by their clients, not about a fifth": 0.12 < given_up + chance and given_up - chance < 0.3,
+        "given up by their clients, not about a fifth": 0.12 < given_up < 0.3,
         "the packed tier was not full": statistics.median(report.column("packed_full")) > 0.8,  # dropping a node makes more room than a page
         "the dense tier was hardly used": statistics.median(report.column("dense_full")) > 0.5,  # what it held moves on to the packed one
         "nothing was evicted": report.samples[0].pages_dropped < report.samples[-1].pages_dropped,

@@ -10,6 +10,9 @@ from __future__ import annotations
 import random
 import socket
 
+from sgl_hq.config import HQConfigError
+from sgl_hq.preflight import check_port
+
 HOST = "127.0.0.1"
 # Linux hands out ephemeral ports from 32,768 on (net.ipv4.ip_local_port_range).
 PORTS = range(20_000, 32_000)
@@ -23,13 +26,12 @@ class PortClaim:
     """
 
     def __init__(self) -> None:
-        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        for port in random.sample(PORTS, len(PORTS)):
             claim = socket.socket(socket.AF_UNIX)
             try:
                 claim.bind(f"\0sgl-hq-port-{port}")
-                with socket.socket() as probe:
-                    probe.bind((HOST, port))
-            except OSError:
+                check_port(HOST, port)
+            except (OSError, HQConfigError):
                 claim.close()
                 continue
             self.port, self._claim = port, claim

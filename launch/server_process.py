@@ -116,18 +116,20 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 self.argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        while not self._healthy():
-            waited = time.monotonic() - started
+        while True:
             self.check_alive()
-            # Here, not left to SGLang: without the port, its warm-up waits for an answer for 10 minutes.
-            if self._port_answers() and not self._listens():
-                raise self._port_taken()
+            # Who answers is asked before /health is: another arm's server, measured by mistake, would give figures of the wrong arm, and
+            # without its port SGLang's warm-up waits for an answer for 10 minutes.
+            if self._port_answers():
+                if not self._listens():
+                    raise self._failed(f"is not the one that answers on port {self.port}: another process has taken it; start again")
+                if self._healthy():
+                    break
+            waited = time.monotonic() - started
             if waited > self.start_timeout_s:
                 raise self._failed(f"did not answer /health within {self.start_timeout_s:.0f} s")
             self.on_wait(waited)
             time.sleep(0.2)
-        if not self._listens():
-            raise self._port_taken()
         self.start_s = time.monotonic() - started
 
     def stop(self) -> None:
@@ -211,11 +213,14 @@ class ServerProcess:
 
     def _port_answers(self) -> bool:
         """Somebody takes connections on the port."""
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
+        try:
+            socket.create_connection((HOST, self.port), timeout=5.0).close()
+        except OSError:
+            return False
+        return True
 
     def _listens(self) -> bool:
-        """The process that answers is ours: measured by mistake, another arm's server would give figures of the wrong arm."""
+        """It is our server that takes them."""
         try:
             main = psutil.Process(self._process.pid)
             sockets = [c for p in (main, *main.children(recursive=True)) for c in p.net_connections("tcp")]
@@ -231,9 +236,6 @@ class ServerProcess:
             self.check_alive()
             raise self._failed(f"did not answer {path} ({error})") from error
         return response
-
-    def _port_taken(self) -> ServerFailed:
-        return self._failed(f"is not the one that answers on port {self.port}: another process has taken it; start again")
 
     def _failed(self, what: str) -> ServerFailed:
         return ServerFailed(f"The server for {self.model} {what}: {failure_reason(self.log_text())} (log: {self.log_path})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -37,11 +38,6 @@ def server(model):
         yield server
 
 
-def _read(server) -> tuple[dict, dict]:
-    metrics = {(s.name, frozenset(s.labels.items())): s.value for s in server.metrics() if s.name.startswith("sglang:hq_")}
-    return server.server_info()["internal_states"][0]["hq"], metrics
-
-
 def _check(metric, block, metrics) -> None:
     for values, said in metric.read(block).items():
         labels = frozenset(zip(metric.labels, values, strict=True))
@@ -64,18 +60,16 @@ def shown(server) -> tuple[dict, dict]:
     An answer leaves before the scheduler has gone idle and exported what its last batches changed, so there is time for that here.
     Whatever differs after it is for the tests to find.
     """
-    until = time.monotonic() + 10
-    while True:
-        block, metrics = _read(server)
-        try:
+    for _ in range(100):
+        metrics = {(s.name, frozenset(s.labels.items())): s.value for s in server.metrics() if s.name.startswith("sglang:hq_")}
+        block = server.server_info()["internal_states"][0]["hq"]
+        with contextlib.suppress(AssertionError, KeyError):
             assert block["live_requests"] == 0
             for metric in CATALOGUE:
                 _check(metric, block, metrics)
-        except (AssertionError, KeyError):
-            if time.monotonic() < until:
-                time.sleep(0.1)
-                continue
-        return block, metrics
+            break
+        time.sleep(0.1)
+    return block, metrics
 
 
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda m: m.name)
